@@ -1,0 +1,1 @@
+"""Capture: ONNX files, Hugging Face folders and torch modules become the IR."""

@@ -1,0 +1,84 @@
+"""The folder where a compilation keeps its tensors, so that memory stays flat.
+
+Every large initializer lives in one file of the workspace and is memory-mapped; a snapshot of the
+model is a small ``.onnx`` beside those files, which ONNX Runtime maps as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx_ir as ir
+
+INLINE_BYTES = 4096  # smaller tensors stay in the model's protobuf
+
+
+class Workspace:
+    """Owns the tensor files of one compilation; a context manager that removes them at the end."""
+
+    def __init__(self, parent: Path | None = None) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="qcompile-", dir=parent)).resolve()
+        self._written: dict[str, ir.ExternalTensor] = {}
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def tensor(self, array: np.ndarray, name: str) -> ir.TensorProtocol:
+        """A tensor of the IR with the content of ``array``; large ones go to a file and are mapped."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes <= INLINE_BYTES:
+            return ir.tensor(array.copy(), name=name)
+        digest = hashlib.blake2b(array.view(np.uint8).reshape(-1).data, digest_size=16)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        key = digest.hexdigest()
+        if key not in self._written:
+            array.tofile(self.root / f"{key}.bin")
+            self._written[key] = self._mapped(array, key)
+        return self._mapped(array, key, name)
+
+    def _mapped(self, array: np.ndarray, key: str, name: str = "") -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            f"{key}.bin", 0, array.nbytes, ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape), name=name, base_dir=self.root,
+        )
+
+    def adopt(self, model: ir.Model) -> None:
+        """Move every large initializer of ``model`` into the workspace, one at a time."""
+        for name, value in model.graph.initializers.items():
+            held = value.const_value
+            if held is None or held.nbytes <= INLINE_BYTES or held.dtype == ir.DataType.STRING:
+                continue
+            if isinstance(held, ir.ExternalTensor) and Path(held.base_dir) == self.root:
+                continue
+            value.const_value = self._adopted(held, name)
+
+    def _adopted(self, held: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+        if held.dtype.bitwidth < 8:  # packed types: keep the packed bytes
+            packed = np.frombuffer(held.tobytes(), dtype=np.uint8)
+            file = f"packed-{hashlib.blake2b(packed.data, digest_size=16).hexdigest()}.bin"
+            packed.tofile(self.root / file)
+            return ir.ExternalTensor(
+                file, 0, packed.nbytes, held.dtype, shape=ir.Shape(held.shape), name=name, base_dir=self.root
+            )
+        moved = self.tensor(held.numpy(), name)
+        if isinstance(held, ir.ExternalTensor):
+            held.release()
+        return moved
+
+    def save(self, model: ir.Model, stem: str) -> Path:
+        """Write ``model`` as ``<stem>.onnx`` beside the tensor files; cheap, since tensors are references."""
+        self.adopt(model)
+        path = self.root / f"{stem}.onnx"
+        ir.save(model, path)
+        return path

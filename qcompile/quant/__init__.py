@@ -1,0 +1,1 @@
+"""Schemes and the only arithmetic that rounds."""

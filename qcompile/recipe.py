@@ -1,0 +1,120 @@
+"""Recipes: sentences "quantise op X under scope Z with scheme N", by name or from a TOML file."""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcompile.errors import UserError, unknown_name
+from qcompile.quant.schemes import ActivationScheme, WeightScheme, parse_name
+
+Op = Literal["linear", "head", "embedding", "attention"]
+
+RECIPES: dict[str, str] = {
+    "auto": "the fastest legal scheme that holds --max-drop (default 0.01)",
+    "float": "no quantisation: canonical form and float fusions only",
+    "w8a8_static": "8-bit weights per channel, 8-bit activations per tensor, static",
+    "w8a8": "8-bit weights per channel, 8-bit activations per token, dynamic",
+    "w6a6_static": "6 bit, static per tensor",
+    "w6a6": "6 bit, dynamic per token",
+    "w4a8_static": "4-bit weights, 8-bit static activations",
+    "w4a8": "4-bit weights, 8-bit activations per token",
+    "w4a4_static": "4 bit, static per tensor",
+    "w4a4": "4 bit, dynamic per token",
+    "w8a16": "8-bit weights only",
+    "w4a16": "4-bit weights only, per channel",
+    "w4a16_g128": "4-bit weights only, groups of 128",
+    "w4a16_g64": "4-bit weights only, groups of 64",
+    "w4a16_g32": "4-bit weights only, groups of 32",
+    "w3a16_g128": "3-bit weights only, groups of 128",
+    "w2a16_g64": "2-bit weights only, groups of 64",
+}
+
+
+class Rule(BaseModel):
+    """One sentence. A later rule overrides an earlier one where both match.
+
+    ``op``: which kind of operator; ``scope``: a glob on the user's names; ``weights`` and
+    ``activations``: the schemes, or none to keep float.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    op: Op = "linear"
+    scope: str = "*"
+    weights: WeightScheme | None = None
+    activations: ActivationScheme | None = None
+
+    def matches(self, op: Op, name: str) -> bool:
+        return self.op == op and fnmatch.fnmatchcase(name, self.scope)
+
+
+class Recipe(BaseModel):
+    """An ordered list of rules."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    rules: tuple[Rule, ...] = Field(default=())
+
+    def rule(self, op: Op, name: str) -> Rule | None:
+        """The last rule that speaks of ``op`` at ``name``; None keeps it float."""
+        return next((r for r in reversed(self.rules) if r.matches(op, name)), None)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any activation range is static."""
+        return any(r.activations is not None and not r.activations.dynamic for r in self.rules)
+
+
+EMBEDDING = WeightScheme(bits=8, granularity="per_channel")
+PER_TOKEN_8 = ActivationScheme(bits=8, granularity="per_token", symmetric=True)
+
+
+def by_name(name: str) -> Recipe:
+    """A built-in recipe. Linears follow the name; embedding and head have 8 bits per row of the table."""
+    if name in ("float", "auto"):
+        return Recipe(name=name)
+    schemes = parse_name(name)
+    if schemes is None:
+        raise unknown_name("recipe", name, RECIPES)
+    weights, activations = schemes
+    head = None if activations is None else PER_TOKEN_8
+    return Recipe(
+        name=name,
+        rules=(
+            Rule(op="linear", weights=weights, activations=activations),
+            Rule(op="embedding", weights=EMBEDDING),
+            Rule(op="head", weights=EMBEDDING, activations=head),
+        ),
+    )
+
+
+def load(text: str) -> Recipe:
+    """A recipe by name or from a ``.toml`` file with ``[[rule]]`` tables."""
+    if not text.endswith(".toml"):
+        return by_name(text)
+    path = Path(text)
+    if not path.is_file():
+        raise UserError(f"no recipe file '{path}'")
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe file '{path}' is not valid TOML", hint=str(error)) from error
+    return _from_table(path, raw)
+
+
+def _from_table(path: Path, raw: dict[str, Any]) -> Recipe:
+    base = by_name(raw.pop("base")) if "base" in raw else Recipe(name=path.stem)
+    rules = raw.pop("rule", [])
+    if raw:
+        raise unknown_name(f"key of recipe '{path}'", next(iter(raw)), ["base", "rule"])
+    try:
+        added = tuple(Rule.model_validate(r) for r in rules)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise UserError(f"recipe '{path}': {place}: {first['msg']}") from error
+    return Recipe(name=path.stem, rules=base.rules + added)
