@@ -1,0 +1,175 @@
+"""A Hugging Face folder (config.json + safetensors) in, ONNX out; nothing is fetched from a network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompile.capture.torch_model import DEFAULT_OPSET, capture_module
+from qcompile.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
+DECODER_SHAPES = {"decoder_input_ids": {0: "batch", 1: "decoder_sequence"}}
+IMAGE_SHAPES = {"pixel_values": {0: "batch"}}
+
+
+def capture_hf_folder(
+    folder: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    opset: int = DEFAULT_OPSET,
+    attention: str = "sdpa",
+    allow_pickle: bool = False,
+) -> Path:
+    """Write ``workdir/model.onnx`` for the model in ``folder`` and return its path.
+
+    The class is the one that config.json names under ``architectures``; weights are loaded as float32. Batch and
+    sequence are dynamic; the decoder's key/value cache is left out. attention is "sdpa" or "eager"; models that
+    have no sdpa form (BLOOM) fall back to eager. ``.bin`` weights are pickles, which can run code when loaded:
+    they are refused unless ``allow_pickle``.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _check_weights(folder, allow_pickle)
+    module = load_pretrained(folder, config, attention)
+    inputs, shapes = example_inputs(module)
+    return capture_module(module, inputs, shapes, workdir, opset=opset, output_names=[output_name(module)])
+
+
+def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa") -> torch.nn.Module:
+    """The module of ``folder`` in float32 and eval mode, set up so that it returns one tensor."""
+    transformers = _transformers()
+    cls = _model_class(transformers, config, folder)
+    with quiet_transformers():
+        try:
+            module = _from_pretrained(cls, folder, attention)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise UserError(f"transformers could not load the model: {error}", where=str(folder)) from error
+    return prepare(module)
+
+
+def prepare(module: Any) -> torch.nn.Module:
+    """Set a transformers model up for export: eval mode, no cache, no pooler, one tensor as its output."""
+    import torch
+
+    module.eval().requires_grad_(False)
+    module.config.use_cache = False
+    if getattr(module, "pooler", None) is not None:
+        module.pooler = None
+    assert isinstance(module, torch.nn.Module)
+    return module
+
+
+def output_name(module: Any) -> str:
+    """``logits`` for a model with a head, ``last_hidden_state`` for a bare one."""
+    is_bare = type(module).__name__.endswith("Model") and not type(module).__name__.endswith("LMHeadModel")
+    return "last_hidden_state" if is_bare else "logits"
+
+
+def example_inputs(module: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    """Example inputs (batch 2, sequence 10, the second row padded) and the dynamic axes of each."""
+    import torch
+
+    config = module.config
+    if getattr(module, "main_input_name", "input_ids") == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, config.num_channels, height, width)}, IMAGE_SHAPES
+    ids = torch.arange(20).reshape(2, 10) % config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if not config.is_encoder_decoder:
+        return inputs, TEXT_SHAPES
+    return inputs | {"decoder_input_ids": ids[:, :6].clone()}, TEXT_SHAPES | DECODER_SHAPES
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, load reports or network: the folder is all there is."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _transformers() -> Any:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"a Hugging Face folder needs {' and '.join(missing)}",
+            hint="pip install 'qcompile-nn[torch]', or export the model to ONNX and pass the file",
+        )
+    import transformers
+
+    return transformers
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no config.json in {folder}", hint="MODEL must be a saved transformers folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config.json is not JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise UserError("config.json does not hold an object", where=str(path))
+    return config
+
+
+def _check_weights(folder: Path, allow_pickle: bool) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        raise UserError(f"no weights in {folder}", hint="expected *.safetensors beside config.json")
+    if not allow_pickle:
+        raise UserError(
+            f"{pickles[0].name} is a pickle, and loading a pickle can run any code",
+            where=str(folder),
+            hint="convert it to safetensors, or allow it (allow_pickle=True) if you trust its author",
+        )
+
+
+def _model_class(transformers: Any, config: dict[str, Any], folder: Path) -> Any:
+    names = config.get("architectures") or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    if names:
+        raise UserError(
+            f"transformers {transformers.__version__} has no class {' or '.join(names)}",
+            where=str(folder / "config.json"),
+            hint="code inside a model folder is never run; wrap the model in package.module:factory",
+        )
+    return transformers.AutoModel
+
+
+def _from_pretrained(cls: Any, folder: Path, attention: str) -> Any:
+    import torch
+
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    try:
+        return cls.from_pretrained(folder, attn_implementation=attention, **options)
+    except ValueError as error:
+        if attention == "eager" or "attention" not in str(error).lower():
+            raise
+        return cls.from_pretrained(folder, attn_implementation="eager", **options)
