@@ -1,0 +1,56 @@
+"""What a backend offers: a target described as data, a lowering, kernel facts and a package."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Protocol, TypedDict
+
+import onnx_ir as ir
+
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, Pass, Target
+
+
+class Kernel(TypedDict):
+    """How one matmul of the lowered program runs. ``site`` is a name of the user's model.
+
+    ``kernel``: the operator in the optimised graph; ``low_bit``: whether it computes on integers;
+    ``reason``: why it does not, else empty.
+    """
+
+    site: str
+    kernel: str
+    low_bit: bool
+    reason: str
+
+
+class Backend(Protocol):
+    """A place where the program runs. Constructing one imports no runtime."""
+
+    target: Target
+
+    def lower(self, model: ir.Model, ctx: Context) -> int:
+        """Rewrite ``model`` in place into shapes that reach this target's kernels; the number of rewrites."""
+
+    def kernels(self, model: Path) -> list[Kernel]:
+        """The kernel that each matmul of the packaged program at ``model`` reaches, in graph order."""
+
+    def package(self, model: ir.Model, folder: Path) -> None:
+        """Write the program into the empty ``folder``; ``model.onnx`` and its data for ONNX Runtime."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lower(Pass):
+    """The lowering of a backend as a step of the pipeline."""
+
+    name: ClassVar[str] = "lower"
+    preserves: ClassVar[Preserves] = "approximation"
+    backend: Backend
+
+    @property
+    def spec(self) -> str:
+        return f"lower{{target={self.backend.target.name}}}"
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        return self.backend.lower(model, ctx)

@@ -1,0 +1,295 @@
+"""Instruments: hooks before and after each pass, so that no pass carries debugging code of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.errors import ContractError, QCompileError, UserError
+from qcompile.ledger import Entry, Proof
+from qcompile.pipeline import Arrays, Context, IrPass, Pass
+from qcompile.progress import say
+
+PROOF_SAMPLES = 2
+ROWS = 1024  # rows compared at a time, so that a large vocabulary costs no memory
+Interface = list[dict[str, object]]
+Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
+
+
+class Instrument(Protocol):
+    """Watches a pipeline. ``before`` and ``after`` surround each pass."""
+
+    def before(self, model: ir.Model, step: Pass, ctx: Context) -> None: ...
+    def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None: ...
+
+
+# --------------------------------------------------------------------------- comparing outputs
+
+
+@dataclasses.dataclass
+class Difference:
+    """Running sums over pairs of arrays: what a Proof is made of. NaN where only one side is NaN."""
+
+    max_abs: float = 0.0
+    peak: float = 0.0
+    error: float = 0.0
+    signal: float = 0.0
+
+    def add(self, before: np.ndarray, after: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Take in one pair of equal shape; ``mask`` (bool) is on their leading axes."""
+        if mask is not None and mask.shape == before.shape[: mask.ndim]:
+            rows = np.flatnonzero(mask.reshape(-1))
+            before = before.reshape(mask.size, -1)
+            after = after.reshape(mask.size, -1)
+        else:
+            before, after = (x.reshape(x.shape[0] if x.ndim else 1, -1) for x in (before, after))
+            rows = np.arange(before.shape[0])
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            self._add_rows(before[some].astype(np.float64), after[some].astype(np.float64))
+
+    def _add_rows(self, before: np.ndarray, after: np.ndarray) -> None:
+        with np.errstate(invalid="ignore"):
+            gap = np.abs(after - before)
+        gap[(before == after) | (np.isnan(before) & np.isnan(after))] = 0.0  # equal infinities included
+        finite = np.where(np.isfinite(before), before, 0.0)
+        self.max_abs = _largest(self.max_abs, gap)
+        self.peak = _largest(self.peak, np.abs(finite))
+        self.error += float(np.square(gap).sum())
+        self.signal += float(np.square(finite).sum())
+
+    @property
+    def relative(self) -> float:
+        """max|after - before| / max|before|; infinite where something became of nothing."""
+        if self.max_abs == 0.0:
+            return 0.0
+        return self.max_abs / self.peak if self.peak else math.inf
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(signal / error) in dB; infinite where nothing differs."""
+        if self.error == 0.0:
+            return math.inf
+        if math.isnan(self.error) or self.signal == 0.0:
+            return -math.inf
+        return 10.0 * math.log10(self.signal / self.error)
+
+
+def _largest(held: float, values: np.ndarray) -> float:
+    if values.size == 0:
+        return held
+    return float(np.maximum(held, values.max()))  # np.maximum keeps NaN, max() would drop it
+
+
+def proof_of(differences: Iterable[Difference], samples: int, tolerance: float | None) -> Proof:
+    """One Proof of several outputs: each figure is that of the worst one."""
+    found = list(differences)
+    return Proof(
+        samples=samples,
+        max_abs=max((_nan_high(d.max_abs) for d in found), default=0.0),
+        relative=max((_nan_high(d.relative) for d in found), default=0.0),
+        sqnr_db=min((d.sqnr_db for d in found), default=math.inf),
+        tolerance=tolerance,
+    )
+
+
+def _nan_high(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+# --------------------------------------------------------------------------- the model's interface
+
+
+def interface(model: ir.Model) -> dict[str, Interface]:
+    """Names, element types and shapes (numbers, or the names of dynamic axes) of the inputs and outputs."""
+    return {
+        "inputs": [_described(v) for v in model.graph.inputs if not v.is_initializer()],
+        "outputs": [_described(v) for v in model.graph.outputs],
+    }
+
+
+def _described(value: ir.Value) -> dict[str, object]:
+    shape = None
+    if value.shape is not None:
+        shape = [d if isinstance(d, int) else d.value or "?" for d in value.shape]
+    return {"name": value.name, "type": value.dtype.name if value.dtype is not None else "?", "shape": shape}
+
+
+def _broken_interface(before: dict[str, Interface], after: dict[str, Interface]) -> str:
+    """What a pass changed in names, types or number of axes of the inputs or outputs; empty if nothing."""
+    for side in ("inputs", "outputs"):
+        old, new = before[side], after[side]
+        if [v["name"] for v in old] != [v["name"] for v in new]:
+            return f"{side} were {[v['name'] for v in old]}, now {[v['name'] for v in new]}"
+        for one, other in zip(old, new, strict=True):
+            if other["type"] != one["type"]:
+                return f"'{one['name']}' was {one['type']}, now {other['type']}"
+            if one["shape"] is not None and other["shape"] != one["shape"]:
+                return f"'{one['name']}' had shape {one['shape']}, now {other['shape']}"
+    return ""
+
+
+# --------------------------------------------------------------------------- instruments
+
+
+class Verify:
+    """Holds each pass to its claim: the same interface, and outputs as close as it promises.
+
+    The outputs of the model as captured stay on disk (``original``), those after each pass until the next.
+    """
+
+    def __init__(self, samples: int = PROOF_SAMPLES) -> None:
+        self._samples = samples
+        self._held: list[dict[str, Path]] = []
+        self.original: list[dict[str, Path]] = []
+        self._interface: dict[str, Interface] = {}
+        self._shape: list[tuple[object, ...]] = []
+
+    def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
+        self._interface = interface(model)
+        if not self.original:
+            self.original = self._held = self._run(model, ctx, "original")
+            self._refuse_nan()
+        if step.preserves == "analysis":
+            self._shape = list(_structure(model))
+
+    def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None:
+        broken = _broken_interface(self._interface, interface(model))
+        if broken:
+            raise _contract(step, f"changed the model's interface: {broken}")
+        if step.preserves == "analysis":
+            if list(_structure(model)) != self._shape:
+                raise _contract(step, "is an analysis but edited the graph")
+            return
+        now = self._run_after(model, step, ctx)
+        tolerance = step.tolerance if step.preserves == "function" else None
+        entry.proof = self.compare(self._held, now, ctx, tolerance)
+        if not entry.proof.holds:
+            figures = f"relative difference {entry.proof.relative:.2e}, allowed {tolerance:.0e}"
+            raise _contract(step, f"changed the function: {figures}")
+        self._held = now
+
+    def compare(self, before: Stored, after: Stored, ctx: Context, tolerance: float | None) -> Proof:
+        """The Proof that stored outputs are equal over unmasked positions; raises where shapes differ."""
+        worst: dict[str, Difference] = {}
+        for sample, old, new in zip(self._some(ctx), before, after, strict=True):
+            for name, path in old.items():
+                one, other = np.load(path, mmap_mode="r"), np.load(new[name], mmap_mode="r")
+                if one.shape != other.shape:
+                    raise ContractError(f"output '{name}' had shape {one.shape}, now {other.shape}")
+                worst.setdefault(name, Difference()).add(one, other, sample.mask)
+        return proof_of(worst.values(), len(before), tolerance)
+
+    def keep(self, results: Iterable[Arrays], ctx: Context, stem: str) -> list[dict[str, Path]]:
+        """Store outputs, one dict a sample, in the workspace; their memory is free afterwards."""
+        kept = []
+        for index, arrays in enumerate(results):
+            paths = {}
+            for number, (name, array) in enumerate(arrays.items()):
+                paths[name] = ctx.workspace.root / f"outputs-{stem}-{index}-{number}.npy"
+                np.save(paths[name], array)
+            kept.append(paths)
+        return kept
+
+    def _some(self, ctx: Context) -> Iterator[Any]:
+        return itertools.islice(iter(ctx.samples), self._samples)
+
+    def _run(self, model: ir.Model, ctx: Context, stem: str) -> list[dict[str, Path]]:
+        names = [v.name for v in model.graph.outputs if v.name is not None]
+        stream = ctx.runner.stream(model, self._some(ctx), names, label="verify")
+        return self.keep((arrays for _, arrays in stream), ctx, stem)
+
+    def _run_after(self, model: ir.Model, step: Pass, ctx: Context) -> list[dict[str, Path]]:
+        stem = "even" if self._held and "even" not in next(iter(self._held[0].values())).name else "odd"
+        try:
+            return self._run(model, ctx, stem)
+        except QCompileError as error:
+            raise _contract(step, f"left a model that does not run: {error.message}") from error
+
+    def _refuse_nan(self) -> None:
+        for index, paths in enumerate(self.original):
+            for name, path in paths.items():
+                array = np.load(path, mmap_mode="r")
+                if array.dtype.kind == "f" and array.size and np.isnan(array).all():
+                    raise UserError(
+                        f"output '{name}' of the float model is NaN on calibration sample {index}",
+                        hint="its weights or this sample hold NaN or infinities",
+                    )
+
+
+def _structure(model: ir.Model) -> Iterator[tuple[object, ...]]:
+    for node in model.graph.all_nodes():
+        inputs = tuple(v.name if v else None for v in node.inputs)
+        yield node.domain, node.op_type, inputs, tuple(v.name for v in node.outputs)
+
+
+def _contract(step: Pass, what: str) -> QCompileError:
+    """A broken promise is a bug of ours, or the user's mistake where the pass is the user's own."""
+    kind = UserError if isinstance(step, IrPass) else ContractError
+    return kind(f"pass '{step.spec}' {what}", hint="--dump DIR writes the model after each pass")
+
+
+class Dump:
+    """Writes the model after each pass to ``folder``: ``NN-name.onnx`` with its data, and ``NN-name.txt``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
+        if self._count == 0:
+            self._write(model, "captured")
+
+    def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None:
+        self._write(model, step.name)
+
+    def _write(self, model: ir.Model, name: str) -> None:
+        stem = f"{self._count:02d}-{_file_name(name)}"
+        copy = model.clone()  # saving redirects tensors to the new data file
+        ir.save(copy, self._folder / f"{stem}.onnx", external_data=f"{stem}.data")
+        (self._folder / f"{stem}.txt").write_text(str(model), encoding="utf-8")
+        self._count += 1
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+
+
+class Timer:
+    """One line on stderr for each pass: what it did and how long it took. Never in the manifest."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._count = 0
+        self._start = 0.0
+
+    def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
+        self._start = time.monotonic()
+
+    def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None:
+        self._count += 1
+        facts = [f"{entry.rewrites} rewrites"]
+        if entry.skips:
+            facts.append(f"{len(entry.skips)} sites left alone")
+        if entry.proof is not None:
+            facts.append(describe(entry.proof))
+        facts.append(f"{time.monotonic() - self._start:.1f} s")
+        say(f"[{self._count}/{self._total}] {entry.spec}: {', '.join(facts)}")
+
+
+def describe(proof: Proof) -> str:
+    """A proof in a few words."""
+    if proof.relative == 0.0:
+        return "identical outputs"
+    if proof.tolerance is not None:
+        return f"equal to {proof.relative:.1e}"
+    return f"SQNR {proof.sqnr_db:.1f} dB"
