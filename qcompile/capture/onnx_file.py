@@ -1,0 +1,211 @@
+"""An ONNX file in, the IR out: checked, with mapped weights, in one spelling of the old ways to write a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as onnx_passes
+
+from qcompile.capture.tensors import check_tensors, check_weights, inline_small
+from qcompile.capture.tidy import FoldSmallConstants, RemoveDropout
+from qcompile.errors import UserError
+from qcompile.graph.convert import NEWEST_IR_VERSION, check_opset, to_canonical_opset
+from qcompile.graph.provenance import remember
+from qcompile.graph.workspace import Workspace
+
+PROTOBUF_LIMIT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output as the caller's code knows it."""
+
+    name: str
+    type: ir.TypeProtocol | None
+    shape: ir.Shape | None
+
+
+def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
+    """The model in ``path`` at opset 21 (or its own, when newer), with its weights in ``workspace``.
+
+    External data is mapped and moved one tensor at a time. Functions are inlined, Constant nodes become
+    initializers, shape arithmetic is folded, Identity and Dropout go. The names, types and dynamic axes of inputs
+    and outputs stay. Raises UserError for a file that is missing, broken, out of the supported opsets, or whose
+    external data leaves the model's folder, is missing or does not fit; and for weights that are not finite.
+    """
+    path = Path(path)
+    model = _read(path)
+    interface = _interface(model)
+    check_opset(model)
+    check_tensors(model)
+    remember(model)
+    with _where(path), _quiet():
+        _normalise(model)
+        to_canonical_opset(model)
+        _simplify(model)
+    remember(model)
+    _restore(model, interface)
+    check_weights(model)
+    inline_small(model)
+    workspace.adopt(model)
+    _validate(model, path)
+    return model
+
+
+def _read(path: Path) -> ir.Model:
+    proto = _parse(path)
+    if proto.ir_version > NEWEST_IR_VERSION and not proto.opset_import:
+        raise UserError(f"IR version {proto.ir_version} is not supported", where=str(path))
+    _check_names(proto.graph, path)
+    try:
+        with _quiet():
+            model = ir.from_proto(proto)
+    except Exception as error:  # the library wraps whatever is wrong with the graph in its own errors
+        raise UserError(f"the graph is not valid: {_innermost(error)}", where=str(path)) from error
+    _set_folder(model, path.parent)
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint="pass the .onnx file in it")
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    size = path.stat().st_size
+    if size > PROTOBUF_LIMIT:
+        raise UserError(
+            f"the file has {size / 2**30:.1f} GiB, and a protobuf cannot exceed 2 GiB",
+            where=str(path),
+            hint="save the weights as external data: onnx.save(model, path, save_as_external_data=True)",
+        )
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # DecodeError lives in a protobuf module whose path differs between versions
+        raise _not_onnx(path, size) from error
+    if not proto.HasField("graph") or not proto.graph.output:
+        raise _not_onnx(path, size)
+    return proto
+
+
+def _not_onnx(path: Path, size: int) -> UserError:
+    what = "the file is empty" if size == 0 else "the file is not an ONNX model, or it is truncated"
+    return UserError(what, where=f"{path} ({size} bytes)", hint="download or export it again")
+
+
+def _check_names(graph: onnx.GraphProto, path: Path) -> None:
+    seen: set[str] = set()
+    for tensor in graph.initializer:
+        if tensor.name in seen:
+            raise UserError(f"two initializers have the name '{tensor.name}'", where=str(path))
+        seen.add(tensor.name)
+    if graph.sparse_initializer:
+        raise UserError("sparse initializers are not supported", where=str(path), hint="export dense weights")
+
+
+def _set_folder(model: ir.Model, folder: Path) -> None:
+    """External data is relative to the model's folder."""
+    for graph in (*model.graphs(), *model.functions.values()):
+        ir.external_data.set_base_dir(graph if isinstance(graph, ir.Graph) else graph.graph, folder)
+
+
+def _interface(model: ir.Model) -> tuple[list[Port], list[Port]]:
+    weights = model.graph.initializers
+    inputs = [_port(value) for value in model.graph.inputs if value.name not in weights]
+    return inputs, [_port(value) for value in model.graph.outputs]
+
+
+def _port(value: ir.Value) -> Port:
+    return Port(value.name or "", value.type, None if value.shape is None else value.shape.copy())
+
+
+def _normalise(model: ir.Model) -> None:
+    """One spelling: sorted nodes, no functions, constants as initializers of the main graph, unique names."""
+    for step in (
+        onnx_passes.InlinePass(),
+        onnx_passes.RemoveUnusedFunctionsPass(),
+        onnx_passes.TopologicalSortPass(),
+        onnx_passes.RemoveInitializersFromInputsPass(),
+        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        onnx_passes.LiftSubgraphInitializersToMainGraphPass(),
+        RemoveDropout(),
+        onnx_passes.IdentityEliminationPass(),
+        onnx_passes.NameFixPass(),
+    ):
+        step(model)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Shapes everywhere, shape arithmetic folded, nothing unused."""
+    infer = onnx_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    for step in (
+        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        infer,
+        FoldSmallConstants(),
+        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        onnx_passes.IdentityEliminationPass(),
+        onnx_passes.RemoveUnusedNodesPass(),
+        onnx_passes.RemoveUnusedOpsetsPass(),
+        onnx_passes.OutputFixPass(),
+        onnx_passes.NameFixPass(),
+        infer,
+    ):
+        step(model)
+
+
+def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:
+    """Inference sharpens and renames axes; those of inputs and outputs are the caller's, and stay."""
+    for values, ports in zip((model.graph.inputs, model.graph.outputs), interface, strict=True):
+        now, wanted = [value.name for value in values], [port.name for port in ports]
+        if now != wanted:
+            raise UserError(
+                f"the model's interface cannot be kept: {', '.join(wanted)} became {now}",
+                hint="one tensor that is two outputs at once needs an Identity node between",
+            )
+        for value, port in zip(values, ports, strict=True):
+            value.type, value.shape = port.type, port.shape
+
+
+def _validate(model: ir.Model, path: Path) -> None:
+    try:
+        with _quiet():
+            onnx_passes.CheckerPass()(model)
+    except Exception as error:  # the checker's own class, wrapped by the pass manager
+        raise UserError(f"the model is not valid ONNX: {_innermost(error)}", where=str(path)) from error
+
+
+@contextlib.contextmanager
+def _where(path: Path) -> Iterator[None]:
+    """A graph on which the library's clean-up stumbles is the user's to mend; say which file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the graph cannot be brought into normal form: {_innermost(error)}", where=str(path)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Notices of the libraries about graphs that are repaired or refused here anyway."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()[:600]}"
