@@ -57,11 +57,14 @@ class Workspace:
         """Move every large initializer of ``model`` into the workspace, one at a time."""
         for name, value in model.graph.initializers.items():
             held = value.const_value
-            if held is None or held.nbytes <= INLINE_BYTES or held.dtype == ir.DataType.STRING:
-                continue
-            if isinstance(held, ir.ExternalTensor) and Path(held.base_dir) == self.root:
+            if held is None or held.dtype == ir.DataType.STRING or self._owns(held):
                 continue
             value.const_value = self._adopted(held, name)
+
+    def _owns(self, held: ir.TensorProtocol) -> bool:
+        if isinstance(held, ir.ExternalTensor):
+            return Path(held.base_dir) == self.root
+        return held.nbytes <= INLINE_BYTES
 
     def _adopted(self, held: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
         if held.dtype.bitwidth < 8:  # packed types: keep the packed bytes

@@ -1,0 +1,43 @@
+"""Canonicalise: one spelling for norms, activations, linears, rotary embeddings and attention.
+
+rewrite:  every spelled-out or fused form  ->  LayerNormalization, qcompile.RMSNormalization, Gelu, qcompile.Silu,
+          MatMul + Add with W [K, N], qcompile.RotaryEmbedding, qcompile.Attention / GroupedAttention
+needs:    constant weights
+ensures:  equal to 1e-5 at unmasked positions; later passes match one spelling only
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompile.graph.canonical import activation, attention, linear, norm, rope
+from qcompile.graph.provenance import original_name
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonicalise(Pass):
+    """Recognise once; no options."""
+
+    name: ClassVar[str] = "canonicalise"
+    preserves: ClassVar[Preserves] = "function"
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        counts = {
+            "norms": norm.rewrite(model, ctx.workspace),
+            "activations": activation.rewrite(model),
+            "linears": linear.rewrite(model, ctx.workspace),
+            "rotary embeddings": rope.rewrite(model),
+        }
+        counts["attentions"], left = attention.rewrite(model, ctx.workspace)
+        for item in left:
+            ctx.ledger.skip("attention", item.reason, original_name(item.node))
+        common.RemoveUnusedNodesPass()(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        ctx.ledger.current.facts["recognised"] = counts
+        return sum(counts.values())

@@ -1,0 +1,103 @@
+"""Runs the IR in ONNX Runtime, one sample at a time: what a user would run is what is measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.environment import require_onnxruntime
+from qcompile.errors import UserError
+from qcompile.graph.workspace import Workspace
+
+Arrays = dict[str, np.ndarray]
+
+
+def open_session(
+    model: Path | bytes, *, threads: int | None = None, literal_qdq: bool = False, optimised_path: Path | None = None
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` on CPU.
+
+    ``literal_qdq`` executes QuantizeLinear/DequantizeLinear as written instead of fusing them into
+    integer kernels; weights are then dequantised once, when the session is made.
+    """
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if literal_qdq:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if optimised_path is not None:
+        options.optimized_model_filepath = str(optimised_path)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own unrelated types
+        raise UserError(f"ONNX Runtime cannot load the model: {_first_line(error)}", hint=_load_hint(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:400]
+
+
+def _load_hint(error: Exception) -> str:
+    if "NOT_IMPLEMENTED" in str(error) or "not a registered" in str(error):
+        return "the operator named above has no CPU kernel in this onnxruntime; replace it or export without it"
+    return "check the file with `python -m onnx.checker` and onnxruntime's version"
+
+
+class OrtRunner:
+    """Streams samples through the model; keeps the session of the last model it ran."""
+
+    def __init__(self, workspace: Workspace, threads: int | None = None) -> None:
+        self._workspace = workspace
+        self._threads = threads
+
+    def stream(
+        self, model: ir.Model, samples: Iterable[Any], fetch: Sequence[str], label: str = ""
+    ) -> Iterator[tuple[Any, Arrays]]:
+        """Yield ``(sample, {name: array})`` for the values ``fetch`` of ``model``, computed on each sample.
+
+        Raises UserError when ONNX Runtime cannot load or run the model.
+        """
+        names = list(dict.fromkeys(fetch))
+        session = open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)
+        known = {i.name for i in session.get_inputs()}
+        for sample in samples:
+            feeds = {k: v for k, v in sample.feeds.items() if k in known}
+            yield sample, dict(zip(names, run_session(session, names, feeds), strict=True))
+
+    def _snapshot(self, model: ir.Model, names: list[str]) -> Path:
+        """Save ``model`` with the values ``names`` as its only outputs."""
+        graph, outputs = model.graph, list(model.graph.outputs)
+        values = {v.name: v for v in _all_values(graph)}
+        missing = [n for n in names if n not in values]
+        if missing:
+            raise KeyError(f"values not in the graph: {missing[:5]}")
+        graph.outputs.clear()
+        graph.outputs.extend(values[n] for n in names)
+        try:
+            return self._workspace.save(model, "running")
+        finally:
+            graph.outputs.clear()
+            graph.outputs.extend(outputs)
+
+
+def run_session(session: Any, names: Sequence[str] | None, feeds: Arrays) -> list[np.ndarray]:
+    """Run ``session``; a failure inside onnxruntime becomes a UserError."""
+    try:
+        results: list[np.ndarray] = session.run(list(names) if names is not None else None, feeds)
+        return results
+    except Exception as error:
+        raise UserError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs

@@ -1,0 +1,86 @@
+"""Linear layers: MatMul(x, W) with W [K, N] constant, then Add(bias).
+
+    Gemm(x, W, b){transB}               ->  Add(MatMul(x, W'), b')
+    MatMul(x, Transpose(W))             ->  MatMul(x, W')       unless W is also an embedding table
+    Add(bias, MatMul)                   ->  Add(MatMul, bias)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.graph.canonical import match
+from qcompile.graph.edits import constant_array, is_tied, new_initializer
+from qcompile.graph.workspace import Workspace
+
+
+def rewrite(model: ir.Model, workspace: Workspace) -> int:
+    """Bring every linear to one spelling; returns how many changed."""
+    count = sum(_gemm(model, node, workspace) for node in match.nodes(model.graph, "Gemm"))
+    count += sum(_transposed(model, node, workspace) for node in match.nodes(model.graph, "MatMul"))
+    count += sum(_bias_last(node) for node in match.nodes(model.graph, "Add"))
+    return count
+
+
+def _gemm(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
+    x, weight = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    w = constant_array(weight)
+    b = constant_array(bias) if bias is not None else None
+    if x is None or weight is None or w is None or (bias is not None and b is None):
+        return 0
+    if match.int_attribute(node, "transA", 0) or x.shape is not None and len(x.shape) != 2:
+        return 0
+    alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
+    beta = node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
+    if match.int_attribute(node, "transB", 0):
+        w = w.T
+    weight = _renewed(model, weight, np.asarray(w * np.float32(alpha) if alpha != 1.0 else w), workspace)
+    product = match.new_node("", "MatMul", [x, weight], {}, [node])
+    if b is None:
+        match.put_instead(node, product)
+        return 1
+    b = np.broadcast_to(b * np.float32(beta), (w.shape[1],)) if b.size in (1, w.shape[1]) else None
+    if b is None:
+        return 0
+    _split_bias(model, node, product, _renewed(model, bias, b, workspace))
+    return 1
+
+
+def _renewed(model: ir.Model, old: ir.Value | None, array: np.ndarray, workspace: Workspace) -> ir.Value:
+    assert old is not None
+    if old.is_initializer() and constant_array(old) is array:
+        return old
+    new = new_initializer(model, old.name or "weight", array, workspace)
+    new.metadata_props.update(old.metadata_props)
+    return new
+
+
+def _split_bias(model: ir.Model, node: ir.Node, product: ir.Node, bias: ir.Value) -> None:
+    graph, value = node.graph, node.outputs[0]
+    assert graph is not None
+    middle = product.outputs[0]
+    middle.name, middle.type, middle.shape = f"{value.name}_product", value.type, value.shape
+    graph.insert_before(node, product)
+    match.put_instead(node, match.new_node("", "Add", [middle, bias], {}, [node]))
+
+
+def _transposed(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
+    transpose = match.producer(node.inputs[1], "Transpose")
+    table = transpose.inputs[0] if transpose is not None else None
+    w = constant_array(table)
+    if transpose is None or table is None or w is None or w.ndim != 2 or is_tied(table):
+        return 0
+    node.replace_input_with(1, _renewed(model, table, w.T, workspace))
+    match.remove_dead(model.graph, [transpose])
+    return 1
+
+
+def _bias_last(node: ir.Node) -> int:
+    left, right = node.inputs[0], node.inputs[1]
+    if left is None or right is None or constant_array(left) is None or match.producer(right, "MatMul") is None:
+        return 0
+    node.replace_input_with(0, right)
+    node.replace_input_with(1, left)
+    return 1

@@ -1,0 +1,101 @@
+"""Operators of the project's own domain: ONNX functions whose body is the executable specification.
+
+ONNX has no operator (or none that every runtime reads) for these; a function runs anywhere, and a backend
+may replace it by a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "qcompile"
+_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : 21]>\n'
+
+_BODIES: dict[str, str] = {
+    # x (..., C), scale (C) -> (..., C); root mean square over the last axis (arXiv 1910.07467)
+    "RMSNormalization": """RMSNormalization <epsilon> (x, scale) => (y) {
+        eps = Constant <value_float: float = @epsilon> ()
+        last = Constant <value_ints = [-1]> ()
+        square = Mul (x, x)
+        mean = ReduceMean <keepdims = 1> (square, last)
+        shifted = Add (mean, eps)
+        root = Sqrt (shifted)
+        normal = Div (x, root)
+        y = Mul (normal, scale)
+    }""",
+    # x * sigmoid(x)
+    "Silu": """Silu (x) => (y) {
+        gate = Sigmoid (x)
+        y = Mul (x, gate)
+    }""",
+    # x (B, H, S, d); cos, sin broadcast to it; halves rotated as in LLaMA (arXiv 2104.09864)
+    "RotaryEmbedding": """RotaryEmbedding (x, cos, sin) => (y) {
+        first, second = Split <axis = -1, num_outputs = 2> (x)
+        negated = Neg (second)
+        rotated = Concat <axis = -1> (negated, first)
+        a = Mul (x, cos)
+        b = Mul (rotated, sin)
+        y = Add (a, b)
+    }""",
+    # q, k, v (B, H, S or T, d), bias broadcast to (B, H, S, T); softmax over T
+    "Attention": """Attention <scale> (q, k, v, bias) => (y) {
+        alpha = Constant <value_float: float = @scale> ()
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        scaled = Mul (q, alpha)
+        scores = MatMul (scaled, kt)
+        biased = Add (scores, bias)
+        p = Softmax <axis = -1> (biased)
+        y = MatMul (p, v)
+    }""",
+    # as Attention, but k and v (B, H / groups, T, d): each of their heads serves `groups` query heads
+    "GroupedAttention": """GroupedAttention <scale, groups> (q, k, v, bias) => (y) {
+        alpha = Constant <value_float: float = @scale> ()
+        count = Constant <value_int: int = @groups> ()
+        two = Constant <value_ints = [2]> ()
+        one = Constant <value_ints = [1]> ()
+        pair = Constant <value_ints = [1, 1]> ()
+        flat = Constant <value_ints = [0, -1]> ()
+        counts = Reshape (count, one)
+        repeat = Concat <axis = 0> (pair, counts, pair)
+        k5 = Unsqueeze (k, two)
+        v5 = Unsqueeze (v, two)
+        kr = Expand (k5, repeat)
+        vr = Expand (v5, repeat)
+        ks = Shape <start = 3> (kr)
+        vs = Shape <start = 3> (vr)
+        kshape = Concat <axis = 0> (flat, ks)
+        vshape = Concat <axis = 0> (flat, vs)
+        kh = Reshape (kr, kshape)
+        vh = Reshape (vr, vshape)
+        kt = Transpose <perm = [0, 1, 3, 2]> (kh)
+        scaled = Mul (q, alpha)
+        scores = MatMul (scaled, kt)
+        biased = Add (scores, bias)
+        p = Softmax <axis = -1> (biased)
+        y = MatMul (p, vh)
+    }""",
+}
+
+
+@functools.cache
+def _proto(name: str) -> onnx.FunctionProto:
+    return onnx.parser.parse_function(_HEADER + _BODIES[name])
+
+
+def use(model: ir.Model, name: str) -> None:
+    """Make the function ``name`` known to ``model``."""
+    model.opset_imports.setdefault(DOMAIN, 1)
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
+    key = (DOMAIN, name, "")
+    if key not in model.functions:
+        function = ir.serde.deserialize_function(_proto(name))
+        model.functions[function.identifier()] = function
+
+
+def is_op(node: ir.Node | None, *names: str) -> bool:
+    """Whether ``node`` is one of the standard or project operators called ``names``."""
+    return node is not None and node.op_type in names and node.domain in ("", "ai.onnx", DOMAIN)
