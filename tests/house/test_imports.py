@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import its own layer and those below it.
 LAYERS: list[set[str]] = [
-    {"", "errors", "environment"},  # "" is the package itself: who imports it gets its version
+    {"", "environment", "errors", "progress"},  # "" is the package itself: who imports it gets its version
     {"graph", "quant"},
-    {"pipeline", "ledger", "recipe"},
+    {"pipeline", "ledger", "manifest", "recipe"},
     {"block", "calibration", "capture", "instruments"},
     {"passes"},
     {"backends", "models"},
-    {"report"},
+    {"intake", "publish", "report"},
     {"driver"},
     {"cli"},
 ]

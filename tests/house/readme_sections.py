@@ -1,0 +1,95 @@
+"""The parts of README.md that the code knows: ``python -m tests.house.readme_sections`` writes them anew.
+
+A part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; whatever is there is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; a ``|`` in a cell is escaped."""
+    titles = list(head)
+    lines = [titles, ["---"] * len(titles), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def passes() -> str:
+    """One row a pass: its name, the first line of its file's docstring, its claim and its options."""
+    from qcompile.pipeline import PASSES
+
+    return table(("pass", "what it does", "keeps", "options"), map(_pass_row, PASSES, PASSES.values()))
+
+
+def _pass_row(name: str, address: str) -> tuple[str, str, str, str]:
+    module_name, _, attribute = address.partition(":")
+    module = importlib.import_module(module_name)
+    cls = getattr(module, attribute)
+    options = [f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)]
+    first = (module.__doc__ or "").partition("\n")[0]
+    return f"`{name}`", first, cls.preserves, ", ".join(options)
+
+
+def recipes() -> str:
+    from qcompile.recipe import RECIPES
+
+    return table(("recipe", "what it quantises"), ((f"`{name}`", text) for name, text in RECIPES.items()))
+
+
+def targets() -> str:
+    from qcompile.backends import TARGETS, by_name
+
+    described = ((f"`{name}`", by_name(name).target.description) for name in TARGETS)
+    return table(("target", "what it makes"), described)
+
+
+def command_help() -> str:
+    """The text of ``qcompile --help``, 100 columns wide."""
+    command = [sys.executable, "-m", "qcompile.cli", "--help"]
+    plain = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    shown = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True)
+    return f"```text\n{shown.stdout.strip()}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "help": command_help,
+    "recipes": recipes,
+    "passes": passes,
+    "targets": targets,
+}
+
+
+def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
+    """``text`` with every part in place. Raises ValueError where a part has no place in it."""
+    for name, write in parts.items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"README has no place '{begin.strip()}' ... '{end}'")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{write()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def missing(part: str) -> str:
+    """The first module that the part is made from and that does not exist; empty if all do."""
+    from qcompile.backends import TARGETS
+    from qcompile.pipeline import PASSES
+
+    tables = {"passes": PASSES, "targets": TARGETS, "help": {"help": "qcompile.cli"}}
+    modules = [address.partition(":")[0] for address in tables.get(part, {}).values()]
+    return next((name for name in modules if importlib.util.find_spec(name) is None), "")
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(), {name: PARTS[name] for name in PARTS if not missing(name)}))
