@@ -61,7 +61,9 @@ def prepare(module: Any) -> torch.nn.Module:
     import torch
 
     module.eval().requires_grad_(False)
-    module.config.use_cache = False
+    for part in module.modules():  # an encoder-decoder's halves have configs of their own
+        if hasattr(part, "config"):
+            part.config.use_cache = False
     if getattr(module, "pooler", None) is not None:
         module.pooler = None
     assert isinstance(module, torch.nn.Module)

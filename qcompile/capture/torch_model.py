@@ -57,7 +57,8 @@ def capture_module(
 
     example_inputs: tensors by the name of ``forward``'s argument, or in the order of its arguments
     dynamic_shapes: axis index -> axis name for each input; None makes every axis as static as the example
-    output_names:   one per tensor that ``forward`` returns; extra tensors keep the exporter's names
+    output_names:   for the first tensors that ``forward`` returns; the tensors after them are dropped.
+                    None keeps all, with the exporter's names
 
     The module is exported in eval mode; its training flag is restored. Raises UserError naming what
     stopped the export.
@@ -174,7 +175,17 @@ def _export(
     except Exception as error:  # the exporter wraps whatever the traced code raises
         raise _export_error(module, error) from error
     assert program is not None
+    if output_names is not None:
+        _keep_outputs(program.model, len(output_names))
     return program.model
+
+
+def _keep_outputs(model: ir.Model, count: int) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    if len(model.graph.outputs) > count:
+        del model.graph.outputs[count:]
+        RemoveUnusedNodesPass()(model)
 
 
 def _export_error(module: torch.nn.Module, error: Exception) -> UserError:
