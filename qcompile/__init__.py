@@ -7,7 +7,10 @@ torch nor onnxruntime: the two names below are resolved at their first use.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.driver import CompiledModel, compile
 
 __version__ = "0.1.0"
 __all__ = ["CompiledModel", "__version__", "compile"]

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"block", "calibration", "capture", "instruments"},
     {"passes"},
     {"backends", "models"},
-    {"intake", "publish", "report"},
+    {"intake", "publish", "report", "reporting"},
     {"driver"},
     {"cli"},
 ]

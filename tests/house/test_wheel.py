@@ -42,14 +42,18 @@ def test_the_only_top_level_name_is_qcompile(names: list[str]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qcompile"}
 
 
-def test_every_module_is_in_once(names: list[str]) -> None:
-    assert [name for name, count in Counter(names).items() if count > 1] == []
+def sources() -> set[str]:
+    """Every file of the package, as the wheel should name it; the links are followed."""
     package = ROOT / "qcompile"
     folders = [package, *(path for path in package.iterdir() if path.is_dir())]
-    modules = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")}
-    assert modules == {name for name in names if name.endswith(".py")}
+    found = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(ROOT).as_posix() for path in found if path.suffix != ".pyc"}
 
 
-def test_the_data_and_the_type_marker_are_in(names: list[str]) -> None:
-    texts = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("qcompile/calibration/data/*.txt")}
-    assert {"qcompile/py.typed", *texts} <= set(names)
+def test_every_file_is_in_once(names: list[str]) -> None:
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert {name for name in names if name.startswith("qcompile/")} == sources()
+
+
+def test_the_type_marker_is_in(names: list[str]) -> None:
+    assert "qcompile/py.typed" in names
