@@ -1,5 +1,6 @@
 # make demo   compile a real model (MiniLM) to 8 bits and show the report
-# make test   run the tests
+# make test   run the tests (ARGS="-k name" chooses some)
+# make lint, make types, make wheel (builds it, and starts it with its base dependencies alone), make clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -27,6 +28,9 @@ types: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation --wheel
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && bare/bin/python -c 'import qcompile.pipeline as p; print(*p.known_passes())'
 
 clean:
 	rm -rf build dist qcompile_demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"backends", "models"},
     {"intake", "publish", "report", "reporting"},
     {"driver"},
-    {"cli"},
+    {"cli", "commands"},
 ]
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 

@@ -12,20 +12,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What a wheel built from a copy of the tree contains (a copy: building writes beside the sources)."""
-    work = tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository's files: building writes beside the sources."""
+    copy = tmp_path_factory.mktemp("tree")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     for name in filter(None, listed.split("\0")):
-        _copy(ROOT / name, work / "tree" / name)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work, work / "tree"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (wheel,) = work.glob("*.whl")
+        _copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def names(tree: Path) -> list[str]:
+    """What the wheel contains."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", str(tree)]
+    subprocess.run(build, capture_output=True, text=True, check=True)
+    (wheel,) = (tree / "dist").glob("*.whl")
     return zipfile.ZipFile(wheel).namelist()
 
 
@@ -42,17 +46,17 @@ def test_the_only_top_level_name_is_qcompile(names: list[str]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qcompile"}
 
 
-def sources() -> set[str]:
+def sources(tree: Path) -> set[str]:
     """Every file of the package, as the wheel should name it; the links are followed."""
-    package = ROOT / "qcompile"
+    package = tree / "qcompile"
     folders = [package, *(path for path in package.iterdir() if path.is_dir())]
     found = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
-    return {path.relative_to(ROOT).as_posix() for path in found if path.suffix != ".pyc"}
+    return {path.relative_to(tree).as_posix() for path in found if path.suffix != ".pyc"}
 
 
-def test_every_file_is_in_once(names: list[str]) -> None:
+def test_every_file_is_in_once(tree: Path, names: list[str]) -> None:
     assert [name for name, count in Counter(names).items() if count > 1] == []
-    assert {name for name in names if name.startswith("qcompile/")} == sources()
+    assert {name for name in names if name.startswith("qcompile/")} == sources(tree)
 
 
 def test_the_type_marker_is_in(names: list[str]) -> None:
