@@ -1,0 +1,268 @@
+"""Calibration samples: from .npz files or text, completed to what the model wants, checked before any pass runs.
+
+One sample is one sequence (or one image, ...), or ``batch`` of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration import arrays, text
+from qcompile.calibration.inputs import Input, complete, model_inputs, position_limit, random_rows
+from qcompile.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+BUILT_IN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+TEXT_SUFFIXES = (".txt", ".jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The feeds of one run, by input name.
+
+    mask: bool [batch, sequence], True at real tokens; None when the model has no mask input.
+    sequence_inputs: inputs whose axis 1 is the mask's axis 1, cut with it; empty when cutting is not safe.
+    """
+
+    feeds: Arrays
+    mask: np.ndarray | None = None
+    sequence_inputs: tuple[str, ...] = ()
+
+    def trimmed(self) -> Sample:
+        """This sample without columns that are padding in every row, where that keeps the model's function.
+
+        Padding on the right always can go. On the left it shifts positions, so it goes only when the model
+        takes ``position_ids``. Static shapes are never cut.
+        """
+        if self.mask is None or not self.sequence_inputs or not self.mask.any():
+            return self
+        used = np.flatnonzero(self.mask.any(axis=0))
+        first = int(used[0]) if any("position_ids" in name for name in self.sequence_inputs) else 0
+        kept = slice(first, int(used[-1]) + 1)
+        feeds = {
+            name: array[:, kept] if name in self.sequence_inputs else array
+            for name, array in self.feeds.items()
+        }
+        return dataclasses.replace(self, feeds=feeds, mask=self.mask[:, kept])
+
+
+class SampleSet:
+    """Samples that can be iterated any number of times; files are read again each time, one at a time.
+
+    warnings_: what the user should know about where the samples come from.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[], Iterator[Arrays]],
+        inputs: Sequence[Input],
+        *,
+        batch: int = 1,
+        max_samples: int = 128,
+        pad_id: int = 0,
+        warnings_: Sequence[str] = (),
+    ) -> None:
+        self.inputs = {item.name: item for item in inputs}
+        self.warnings_ = list(warnings_)
+        self._rows = rows
+        self._max_samples = max_samples
+        self._pad_id = pad_id
+        self._batch = _batch_size(inputs, batch)
+        self._mask_input = _mask_input(inputs)
+        self._sequence_inputs = _sequence_inputs(inputs, self._mask_input)
+        self._length = sum(1 for _ in self)  # reads and checks everything once
+        if self._length == 0:
+            raise UserError(f"no calibration sample for a batch of {self._batch}", hint="give more data")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sample]:
+        held: list[Arrays] = []
+        for index, row in enumerate(self._rows()):
+            if index >= self._max_samples:
+                break
+            if held and not self._fits(held[0], row):
+                yield from self._flush(held)
+                held = []
+            held.append(row)
+            if len(held) == self._batch:
+                yield from self._flush(held)
+                held = []
+        yield from self._flush(held)
+
+    def _fits(self, first: Arrays, row: Arrays) -> bool:
+        """Rows of different lengths share a batch only when a mask can say which tokens are padding."""
+        if first.keys() != row.keys():
+            return False
+        can_pad = bool(self._sequence_inputs)
+        return all(first[n].shape == a.shape or (can_pad and a.ndim == 1) for n, a in row.items())
+
+    def _flush(self, rows: list[Arrays]) -> Iterator[Sample]:
+        if not rows or (len(rows) < self._batch and self._has_static_batch()):
+            return
+        feeds = self._stacked(rows)
+        feeds = complete(feeds, list(self.inputs.values()))
+        arrays.check_feeds(feeds, self.inputs)
+        mask = feeds[self._mask_input].astype(bool) if self._mask_input is not None else None
+        yield Sample(feeds, mask, self._sequence_inputs)
+
+    def _has_static_batch(self) -> bool:
+        return any(item.shape and isinstance(item.shape[0], int) for item in self.inputs.values())
+
+    def _stacked(self, rows: list[Arrays]) -> Arrays:
+        """One batch: rows padded on the right to the longest, with mask 0 there."""
+        lengths = {name: [len(row[name]) if row[name].ndim else 0 for row in rows] for name in rows[0]}
+        feeds = {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
+        mask, ids = self._mask_input, next((n for n in lengths if n.endswith("input_ids")), None)
+        if mask is not None and mask not in feeds and ids is not None and len(set(lengths[ids])) > 1:
+            columns = np.arange(feeds[ids].shape[1])
+            real = columns[None, :] < np.array(lengths[ids])[:, None]
+            feeds[mask] = real.astype(self.inputs[mask].dtype)
+        return feeds
+
+    def _padded(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
+        if len({part.shape for part in parts}) == 1:
+            return np.stack(parts)
+        longest = max(len(part) for part in parts)
+        fill = self._pad_id if name.endswith("input_ids") else 0
+        widths = [[(0, longest - len(part))] + [(0, 0)] * (part.ndim - 1) for part in parts]
+        padded = [np.pad(p, w, constant_values=fill) for p, w in zip(parts, widths, strict=True)]
+        return np.stack(padded)
+
+
+def load_samples(
+    model: ir.Model,
+    calib: Path | None,
+    tokenizer: Path | None,
+    max_samples: int = 128,
+    max_length: int = 512,
+    batch: int = 1,
+    windows: bool | None = None,
+) -> SampleSet:
+    """The calibration samples for ``model``.
+
+    calib: an ``.npz`` (keys are input names, the first axis counts samples), a folder of them, a ``.txt`` or a
+        ``.jsonl`` (key ``text``); None takes a small built-in text, or random data where no text fits
+    tokenizer: ``tokenizer.json`` or the folder that holds it; text needs it
+    windows: True cuts the whole text into windows of ``max_length`` tokens without overlap (language models), False
+        takes one line a sample; None decides from the model's output and the tokenizer
+
+    Everything is read and checked once here. Raises UserError naming the key, the expected and the found.
+    """
+    inputs = model_inputs(model)
+    limit = min(max_length, position_limit(model), _static_length(inputs))
+    if calib is not None and not calib.exists():
+        raise UserError(f"no such calibration file or folder: {calib}")
+    if calib is None:
+        return _default_samples(model, inputs, tokenizer, max_samples, limit, batch, windows)
+    if calib.is_dir() or calib.suffix == ".npz":
+        return SampleSet(arrays.reader(calib, inputs), inputs, batch=batch, max_samples=max_samples)
+    if calib.suffix not in TEXT_SUFFIXES:
+        raise UserError(
+            f"cannot read calibration data of type '{calib.suffix}'",
+            where=str(calib),
+            hint="give an .npz, a folder of .npz, a .txt or a .jsonl",
+        )
+    return _text_samples(model, inputs, calib, tokenizer, max_samples, limit, batch, windows)
+
+
+def _default_samples(
+    model: ir.Model, inputs: Sequence[Input], tokenizer: Path | None, max_samples: int, limit: int, batch: int,
+    windows: bool | None,
+) -> SampleSet:  # fmt: skip
+    if _token_input(inputs) is not None and tokenizer is not None:
+        samples = _text_samples(model, inputs, BUILT_IN_TEXT, tokenizer, max_samples, limit, batch, windows)
+        samples.warnings_.append(
+            f"no calibration data given: {len(samples)} samples of a small built-in text are used; "
+            "give --calib with text like yours for better accuracy"
+        )
+        return samples
+    rows = random_rows(inputs, limit, count=min(max_samples, 16 * batch))
+    what = "token ids" if _token_input(inputs) is not None else "inputs"
+    warning = f"no calibration data given: random {what} are used, and the ranges found with them mean little; give --calib"
+    return SampleSet(lambda: iter(rows), inputs, batch=batch, max_samples=max_samples, warnings_=[warning])
+
+
+def _text_samples(
+    model: ir.Model, inputs: Sequence[Input], calib: Path, tokenizer: Path | None, max_samples: int, limit: int,
+    batch: int, windows: bool | None,
+) -> SampleSet:  # fmt: skip
+    target = _token_input(inputs)
+    if target is None:
+        raise UserError(
+            f"the model takes no token ids, so {calib.name} cannot calibrate it",
+            hint=f"give an .npz with {', '.join(item.name for item in inputs)}",
+        )
+    encoder = text.load_tokenizer(tokenizer)
+    as_windows = (
+        _predicts_tokens(model, inputs) and not text.is_framed(encoder) if windows is None else windows
+    )
+    if as_windows:
+        tokens = text.windows(encoder, calib, limit, max_samples)
+    else:
+        tokens = text.lines(encoder, calib, limit, max_samples)
+    if not tokens:
+        raise UserError("the calibration text holds no usable line", where=str(calib))
+    fixed = target.shape[1] if isinstance(target.shape[1], int) else None
+    rows = [text.row(ids, target.name, fixed, inputs, text.pad_id(encoder)) for ids in tokens]
+    return SampleSet(
+        lambda: iter(rows), inputs, batch=batch, max_samples=max_samples, pad_id=text.pad_id(encoder)
+    )
+
+
+def _token_input(inputs: Sequence[Input]) -> Input | None:
+    """The input that takes the token ids of text."""
+    candidates = [item for item in inputs if item.is_integer and len(item.shape) == 2]
+    named = [item for item in candidates if item.name.endswith("input_ids") and "decoder" not in item.name]
+    tables = [
+        item for item in candidates if item.vocabulary and "type" not in item.name and "pos" not in item.name
+    ]
+    return next(iter(named or tables), None)
+
+
+def _predicts_tokens(model: ir.Model, inputs: Sequence[Input]) -> bool:
+    """Whether the first output is logits over the vocabulary at every position, as a language model's."""
+    output = model.graph.outputs[0]
+    if output.shape is None or len(output.shape) != 3 or any("decoder" in item.name for item in inputs):
+        return False
+    token = _token_input(inputs)
+    width = output.shape[2]
+    if token is not None and token.vocabulary and isinstance(width, int):
+        return width >= token.vocabulary
+    return output.name == "logits"
+
+
+def _static_length(inputs: Sequence[Input]) -> int:
+    token = _token_input(inputs)
+    return token.shape[1] if token is not None and isinstance(token.shape[1], int) else 1 << 30
+
+
+def _batch_size(inputs: Sequence[Input], wanted: int) -> int:
+    static = {item.shape[0] for item in inputs if item.shape and isinstance(item.shape[0], int)}
+    static -= {1} if len(static) > 1 else set()
+    return int(max(static)) if static else wanted
+
+
+def _mask_input(inputs: Sequence[Input]) -> str | None:
+    masks = [
+        item.name for item in inputs if "mask" in item.name and len(item.shape) == 2 and item.is_discrete
+    ]
+    return next(iter(sorted(masks, key=lambda name: ("decoder" in name, name != "attention_mask"))), None)
+
+
+def _sequence_inputs(inputs: Sequence[Input], mask: str | None) -> tuple[str, ...]:
+    """Inputs with the mask's symbolic axis as their axis 1; none at all when it also appears elsewhere."""
+    axis: Mapping[str, object] = {item.name: item.shape[1] for item in inputs if len(item.shape) == 2}
+    symbol = axis.get(mask) if mask is not None else None
+    if not isinstance(symbol, str) or not symbol:
+        return ()
+    elsewhere = any(
+        symbol in (*i.shape[:1], *i.shape[2:]) or (len(i.shape) > 2 and symbol in i.shape) for i in inputs
+    )
+    return () if elsewhere else tuple(name for name, dim in axis.items() if dim == symbol)
