@@ -1,4 +1,4 @@
-"""``python -m qcompile.models minilm|smollm2``: export a packaged model into the cache and print its folder."""
+"""``python -m qcompile.models minilm|smollm2``: export a packaged model, cached, and print its folder."""
 
 from __future__ import annotations
 

