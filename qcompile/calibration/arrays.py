@@ -29,10 +29,12 @@ def reader(path: Path, inputs: Sequence[Input]) -> Callable[[], Iterator[Arrays]
 
 
 def check_feeds(feeds: Arrays, inputs: Mapping[str, Input]) -> None:
-    """Token ids inside their tables, and axes of one name equally long."""
+    """Types and shapes as the model's, token ids inside their tables, axes of one name equally long."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, array in feeds.items():
         item = inputs[name]
+        if not _shape_fits(array.shape, item.shape) or array.dtype != item.dtype:
+            raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}")
         _check_vocabulary(item, array)
         for axis, (size, symbol) in enumerate(zip(array.shape, item.shape, strict=True)):
             if isinstance(symbol, str) and symbol.isidentifier():
@@ -85,23 +87,28 @@ def _known(name: str, inputs: Mapping[str, Input], file: Path) -> Input:
     return inputs[name]
 
 
-def _fitted(array: np.ndarray, item: Input, file: Path) -> np.ndarray:
-    """``array`` as [samples, ...] in the input's type; UserError says what was found and wanted."""
-    found = f"{array.dtype.name} {list(array.shape)}"
-    rank = len(item.shape)
+def _fitted(given: np.ndarray, item: Input, file: Path) -> np.ndarray:
+    """``given`` as [samples, ...] in the input's type."""
+    array, rank = given, len(item.shape)
     if array.ndim == rank + 1:  # samples of batches
         array = array.reshape(-1, *array.shape[2:])
     elif array.ndim == rank - 1:  # one sample without its batch axis
         array = array[None]
-    fits = array.ndim == rank and all(
-        isinstance(wanted, str) or wanted == size
-        for size, wanted in zip(array.shape[1:], item.shape[1:], strict=False)
-    )
-    if not fits or not np.can_cast(array.dtype, item.dtype, "same_kind"):
-        raise UserError(f"'{item.name}' is {found}, but the model takes {item}", where=str(file))
+    row_fits = _shape_fits(array.shape[1:], item.shape[1:]) and array.ndim == rank
+    if not row_fits or not np.can_cast(array.dtype, item.dtype, "same_kind"):
+        raise UserError(f"'{item.name}' is {_found(given)}, but the model takes {item}", where=str(file))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"'{item.name}' holds {_first_bad(array)}", where=str(file))
     return array.astype(item.dtype, copy=False)
+
+
+def _shape_fits(found: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    same_rank = len(found) == len(wanted)
+    return same_rank and all(isinstance(w, str) or w == f for f, w in zip(found, wanted, strict=True))
+
+
+def _found(array: np.ndarray) -> str:
+    return f"{array.dtype.name} {list(array.shape)}"
 
 
 def _first_bad(array: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Calibration samples: from .npz files or text, completed to what the model wants, checked before any pass runs.
+"""Calibration samples: from .npz files or text, completed to what the model wants, checked before use.
 
 One sample is one sequence (or one image, ...), or ``batch`` of them.
 """
@@ -19,6 +19,7 @@ from qcompile.errors import UserError
 Arrays = dict[str, np.ndarray]
 BUILT_IN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl")
+RANDOM_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,16 @@ class SampleSet:
         return np.stack(padded)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What the caller asked for. limit: tokens in a sample; see ``load_samples`` for ``windows``."""
+
+    max_samples: int
+    limit: int
+    batch: int
+    windows: bool | None
+
+
 def load_samples(
     model: ir.Model,
     calib: Path | None,
@@ -147,20 +158,21 @@ def load_samples(
 ) -> SampleSet:
     """The calibration samples for ``model``.
 
-    calib: an ``.npz`` (keys are input names, the first axis counts samples), a folder of them, a ``.txt`` or a
-        ``.jsonl`` (key ``text``); None takes a small built-in text, or random data where no text fits
+    calib: an ``.npz`` (keys are input names, the first axis counts samples), a folder of them, a ``.txt`` or
+        a ``.jsonl`` (key ``text``); None takes a small built-in text, or random data where no text fits
     tokenizer: ``tokenizer.json`` or the folder that holds it; text needs it
-    windows: True cuts the whole text into windows of ``max_length`` tokens without overlap (language models), False
-        takes one line a sample; None decides from the model's output and the tokenizer
+    windows: True cuts the whole text into windows of ``max_length`` tokens without overlap (language models),
+        False takes one line a sample; None decides from the model's output and the tokenizer
 
     Everything is read and checked once here. Raises UserError naming the key, the expected and the found.
     """
     inputs = model_inputs(model)
     limit = min(max_length, position_limit(model), _static_length(inputs))
-    if calib is not None and not calib.exists():
-        raise UserError(f"no such calibration file or folder: {calib}")
+    request = _Request(max_samples, limit, batch, windows)
     if calib is None:
-        return _default_samples(model, inputs, tokenizer, max_samples, limit, batch, windows)
+        return _default_samples(model, inputs, tokenizer, request)
+    if not calib.exists():
+        raise UserError(f"no such calibration file or folder: {calib}")
     if calib.is_dir() or calib.suffix == ".npz":
         return SampleSet(arrays.reader(calib, inputs), inputs, batch=batch, max_samples=max_samples)
     if calib.suffix not in TEXT_SUFFIXES:
@@ -169,30 +181,28 @@ def load_samples(
             where=str(calib),
             hint="give an .npz, a folder of .npz, a .txt or a .jsonl",
         )
-    return _text_samples(model, inputs, calib, tokenizer, max_samples, limit, batch, windows)
+    return _text_samples(model, inputs, calib, tokenizer, request)
 
 
 def _default_samples(
-    model: ir.Model, inputs: Sequence[Input], tokenizer: Path | None, max_samples: int, limit: int, batch: int,
-    windows: bool | None,
-) -> SampleSet:  # fmt: skip
+    model: ir.Model, inputs: Sequence[Input], tokenizer: Path | None, request: _Request
+) -> SampleSet:
     if _token_input(inputs) is not None and tokenizer is not None:
-        samples = _text_samples(model, inputs, BUILT_IN_TEXT, tokenizer, max_samples, limit, batch, windows)
+        samples = _text_samples(model, inputs, BUILT_IN_TEXT, tokenizer, request)
         samples.warnings_.append(
             f"no calibration data given: {len(samples)} samples of a small built-in text are used; "
             "give --calib with text like yours for better accuracy"
         )
         return samples
-    rows = random_rows(inputs, limit, count=min(max_samples, 16 * batch))
+    rows = random_rows(inputs, request.limit, count=min(request.max_samples, RANDOM_BATCHES * request.batch))
     what = "token ids" if _token_input(inputs) is not None else "inputs"
-    warning = f"no calibration data given: random {what} are used, and the ranges found with them mean little; give --calib"
-    return SampleSet(lambda: iter(rows), inputs, batch=batch, max_samples=max_samples, warnings_=[warning])
+    warning = f"no calibration data given: random {what} are used, so the ranges mean little; give --calib"
+    return SampleSet(lambda: iter(rows), inputs, batch=request.batch, warnings_=[warning])
 
 
 def _text_samples(
-    model: ir.Model, inputs: Sequence[Input], calib: Path, tokenizer: Path | None, max_samples: int, limit: int,
-    batch: int, windows: bool | None,
-) -> SampleSet:  # fmt: skip
+    model: ir.Model, inputs: Sequence[Input], calib: Path, tokenizer: Path | None, request: _Request
+) -> SampleSet:
     target = _token_input(inputs)
     if target is None:
         raise UserError(
@@ -200,19 +210,17 @@ def _text_samples(
             hint=f"give an .npz with {', '.join(item.name for item in inputs)}",
         )
     encoder = text.load_tokenizer(tokenizer)
-    as_windows = (
-        _predicts_tokens(model, inputs) and not text.is_framed(encoder) if windows is None else windows
-    )
-    if as_windows:
-        tokens = text.windows(encoder, calib, limit, max_samples)
-    else:
-        tokens = text.lines(encoder, calib, limit, max_samples)
+    as_windows = request.windows
+    if as_windows is None:
+        as_windows = _predicts_tokens(model, inputs) and not text.is_framed(encoder)
+    read = text.windows if as_windows else text.lines
+    tokens = read(encoder, calib, request.limit, request.max_samples)
     if not tokens:
         raise UserError("the calibration text holds no usable line", where=str(calib))
-    fixed = target.shape[1] if isinstance(target.shape[1], int) else None
-    rows = [text.row(ids, target.name, fixed, inputs, text.pad_id(encoder)) for ids in tokens]
+    pad = text.pad_id(encoder)
+    rows = [text.row(ids, target, inputs, pad) for ids in tokens]
     return SampleSet(
-        lambda: iter(rows), inputs, batch=batch, max_samples=max_samples, pad_id=text.pad_id(encoder)
+        lambda: iter(rows), inputs, batch=request.batch, max_samples=request.max_samples, pad_id=pad
     )
 
 

@@ -70,7 +70,7 @@ def lines(tokenizer: Tokenizer, path: Path, max_length: int, max_samples: int) -
 
 
 def windows(tokenizer: Tokenizer, path: Path, length: int, max_samples: int) -> list[np.ndarray]:
-    """The text as one stream of tokens, cut into windows of ``length`` that do not overlap; no special tokens.
+    """The text as one stream of tokens, cut into windows that do not overlap; no special tokens.
 
     The rest that fills no window is used only when there is no full one.
     """
@@ -86,20 +86,16 @@ def windows(tokenizer: Tokenizer, path: Path, length: int, max_samples: int) -> 
     return found or ([np.array(held, dtype=np.int64)] if held else [])
 
 
-def row(
-    ids: np.ndarray, name: str, fixed_length: int | None, inputs: Sequence[Input], padding: int
-) -> dict[str, np.ndarray]:
-    """One sample without batch axis; padded, with its mask, when the model's sequence axis is static."""
-    dtypes = {item.name: item.dtype for item in inputs}
-    if fixed_length is None or len(ids) == fixed_length:
-        return {name: ids.astype(dtypes[name])}
-    missing = fixed_length - len(ids)
-    made = {name: np.pad(ids, (0, missing), constant_values=padding).astype(dtypes[name])}
-    masks = [
-        item for item in inputs if "mask" in item.name and len(item.shape) == 2 and "decoder" not in item.name
-    ]
-    for item in masks:
-        made[item.name] = np.pad(np.ones(len(ids)), (0, missing)).astype(item.dtype)
+def row(ids: np.ndarray, target: Input, inputs: Sequence[Input], padding: int) -> dict[str, np.ndarray]:
+    """One sample without batch axis; padded, with its mask, when ``target`` has a longer static axis."""
+    length = target.shape[1]
+    if isinstance(length, str) or len(ids) == length:
+        return {target.name: ids.astype(target.dtype)}
+    missing = (0, length - len(ids))
+    made = {target.name: np.pad(ids, missing, constant_values=padding).astype(target.dtype)}
+    for item in inputs:
+        if "mask" in item.name and len(item.shape) == 2 and "decoder" not in item.name:
+            made[item.name] = np.pad(np.ones(len(ids)), missing).astype(item.dtype)
     return made
 
 
@@ -130,4 +126,4 @@ def _record(line: str, path: Path, number: int) -> str:
         raise UserError(
             "the record has no text", where=f"{path}:{number}", hint=f"the key must be 'text'; found: {keys}"
         )
-    return record["text"] + "\n"
+    return str(record["text"]) + "\n"

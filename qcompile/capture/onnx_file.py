@@ -1,4 +1,4 @@
-"""An ONNX file in, the IR out: checked, with mapped weights, in one spelling of the old ways to write a graph."""
+"""An ONNX file in, the IR out: checked, with mapped weights, in one spelling of the ways to write a graph."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     """The model in ``path`` at opset 21 (or its own, when newer), with its weights in ``workspace``.
 
     External data is mapped and moved one tensor at a time. Functions are inlined, Constant nodes become
-    initializers, shape arithmetic is folded, Identity and Dropout go. The names, types and dynamic axes of inputs
-    and outputs stay. Raises UserError for a file that is missing, broken, out of the supported opsets, or whose
-    external data leaves the model's folder, is missing or does not fit; and for weights that are not finite.
+    initializers, shape arithmetic is folded, Identity and Dropout go. The names, types and dynamic axes of
+    inputs and outputs stay. Raises UserError for a file that is missing, broken or of an unsupported opset;
+    for external data that leaves the model's folder, is missing or does not fit; for weights not finite.
     """
     path = Path(path)
     model = _read(path)
@@ -111,8 +111,8 @@ def _check_names(graph: onnx.GraphProto, path: Path) -> None:
 
 def _set_folder(model: ir.Model, folder: Path) -> None:
     """External data is relative to the model's folder."""
-    for graph in (*model.graphs(), *model.functions.values()):
-        ir.external_data.set_base_dir(graph if isinstance(graph, ir.Graph) else graph.graph, folder)
+    for graph in (*model.graphs(), *(function.graph for function in model.functions.values())):
+        ir.external_data.set_base_dir(graph, folder)
 
 
 def _interface(model: ir.Model) -> tuple[list[Port], list[Port]]:
@@ -129,7 +129,7 @@ def _normalise(model: ir.Model) -> None:
     """One spelling: sorted nodes, no functions, constants as initializers of the main graph, unique names."""
     for step in (
         onnx_passes.InlinePass(),
-        onnx_passes.RemoveUnusedFunctionsPass(),
+        onnx_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         onnx_passes.TopologicalSortPass(),
         onnx_passes.RemoveInitializersFromInputsPass(),
         onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -188,7 +188,9 @@ def _where(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the graph cannot be brought into normal form: {_innermost(error)}", where=str(path)) from error
+        raise UserError(
+            f"the graph cannot be brought into normal form: {_innermost(error)}", where=str(path)
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Checks of a model's tensors before anything is mapped, allocated or executed, and of the weights' values."""
+"""Checks of a model's tensors before anything is mapped or allocated, and of the weights' values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_tensors(model: ir.Model) -> None:
 
 
 def inline_small(model: ir.Model) -> None:
-    """Copy external tensors that the workspace would leave where they are: small ones, and those in attributes."""
+    """Copy the external tensors that the workspace leaves where they are: small ones, and in attributes."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes <= INLINE_BYTES:
             value.const_value = _in_memory(value.const_value)
@@ -77,7 +77,9 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 
 def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+    return ir.Tensor(
+        tensor.numpy().copy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
+    )
 
 
 def _check_shape(name: str, tensor: ir.TensorProtocol) -> None:
@@ -99,7 +101,9 @@ def _check_external(name: str, tensor: ir.ExternalTensor) -> None:
     length = needed if tensor.length is None else tensor.length
     what = f"tensor '{name}' ({tensor.dtype.name} {list(tensor.shape.numpy())})"
     if length != needed:
-        raise UserError(f"{what} needs {needed} bytes, but its external data has length {length}", where=str(path))
+        raise UserError(
+            f"{what} needs {needed} bytes, but its external data has length {length}", where=str(path)
+        )
     size = path.stat().st_size
     if offset < 0 or offset + length > size:
         raise UserError(
@@ -126,7 +130,9 @@ def _contained(name: str, tensor: ir.ExternalTensor) -> Path:
             hint="copy the model and its data into one folder (cp -rL)",
         )
     if not resolved.is_file():
-        raise UserError(f"{what} is missing", where=str(path), hint="keep the .onnx file beside its data file")
+        raise UserError(
+            f"{what} is missing", where=str(path), hint="keep the .onnx file beside its data file"
+        )
     if resolved.stat().st_nlink > 1:
         raise UserError(
             f"{what} has several hard links, and ONNX tools refuse such files",
@@ -142,7 +148,9 @@ def _check_inline(name: str, tensor: ir.serde.TensorProtoTensor) -> None:
     proto: onnx.TensorProto = tensor.raw
     if not proto.HasField("raw_data"):
         if math.prod(proto.dims) > 2**31:
-            raise UserError(f"tensor '{name}' declares {list(proto.dims)} elements, more than a file can hold")
+            raise UserError(
+                f"tensor '{name}' declares {list(proto.dims)} elements, more than a file can hold"
+            )
         return
     needed = _bytes(tensor)
     if len(proto.raw_data) != needed:

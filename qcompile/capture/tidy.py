@@ -38,7 +38,7 @@ class FoldSmallConstants(ir.passes.InPlacePass):
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """False for weights (a folded Transpose would untie an embedding) and for results of unknown or large size."""
+    """False for weights (a folded Transpose unties an embedding) and for results of unknown or large size."""
     if node.op_type in _GROWING and not _is_small(node.outputs[0]):
         return False
     return False if any(_is_weight(value) for value in node.inputs) else None
@@ -46,7 +46,9 @@ def _should_fold(node: ir.Node) -> bool | None:
 
 def _is_weight(value: ir.Value | None) -> bool:
     tensor = value.const_value if value is not None else None
-    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) >= 2 and tensor.size > 1
+    return (
+        tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) >= 2 and tensor.size > 1
+    )
 
 
 def _is_small(value: ir.Value) -> bool:
@@ -66,4 +68,6 @@ def _to_identity(node: ir.Node) -> None:
     assert graph is not None
     identity = ir.node("Identity", [node.inputs[0]], name=node.name)
     identity.metadata_props.update(node.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [identity], node.outputs[:1], identity.outputs)
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], [identity], node.outputs[:1], identity.outputs
+    )

@@ -1,7 +1,7 @@
-"""Opset conversion in the IR itself: weights are neither loaded nor serialised, so the 2 GB protobuf limit never bites.
+"""Opset conversion in the IR itself: weights are neither loaded nor serialised, so 2 GB is no limit.
 
-Opsets 13 to 17 are lifted to 18 by the adapters below (the only operators whose spelling changed); from there the
-converter of onnxscript takes over. Newer opsets than the canonical one are left as they are.
+Opsets 13 to 17 are lifted to 18 by the adapters below (the only operators whose spelling changed); from there
+the converter of onnxscript takes over. Newer opsets than the canonical one are left as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_opset(model: ir.Model) -> None:
 
 
 def to_canonical_opset(model: ir.Model) -> None:
-    """Lift ``model`` (functions inlined) to opset 21 when it is older; set the IR version that its opset needs."""
+    """Lift ``model`` (functions inlined) to opset 21 when it is older; set the IR version that it needs."""
     version = opset_of(model)
     if version < 18:
         _lift_to_18(model)

@@ -24,8 +24,8 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
 def own_initializer(model: ir.Model, node: ir.Node, input_index: int) -> ir.Value:
     """The initializer at ``node.inputs[input_index]``, made this input's alone.
 
-    Exporters share equal tensors (norm gains of one, zero biases, tied embeddings); writing to a shared one would
-    change other layers. Raises ContractError when the input is not a constant.
+    Exporters share equal tensors (norm gains of one, zero biases, tied embeddings); writing to a shared one
+    would change other layers. Raises ContractError when the input is not a constant.
     """
     value = node.inputs[input_index]
     tensor = _constant_tensor(value)
@@ -95,13 +95,15 @@ def _constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def _renamed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A second handle on the same content: saving writes a value's name into its tensor, so handles are not shared."""
+    """A second handle on the same content: saving writes a value's name into its tensor."""
     if isinstance(tensor, ir.ExternalTensor):
         return ir.ExternalTensor(
             tensor.location, tensor.offset, tensor.length, tensor.dtype,
-            shape=ir.Shape(tensor.shape), name=tensor.name, base_dir=tensor.base_dir,
+            shape=ir.Shape(tensor.shape.numpy()), name=tensor.name, base_dir=tensor.base_dir,
         )  # fmt: skip
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+    return ir.Tensor(
+        tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
+    )
 
 
 def _register(model: ir.Model, hint: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -115,7 +117,7 @@ def _assign(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     tensor.name = value.name
     value.const_value = tensor
     value.dtype = tensor.dtype
-    value.shape = ir.Shape(tensor.shape)
+    value.shape = ir.Shape(tensor.shape.numpy())
 
 
 def _value_names(model: ir.Model) -> set[str | None]:

@@ -1,7 +1,7 @@
 """The names that the user's model gave to nodes and values; reports and patterns speak in these.
 
-Names live in ``metadata_props``, so they survive saving. ``remember`` is called once, at capture, before anything is
-rewritten; a rewrite that makes a node calls ``inherit``.
+Names live in ``metadata_props``, so they survive saving. ``remember`` is called at capture, before anything
+is rewritten; a rewrite that makes a node calls ``inherit``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def remember(model: ir.Model) -> None:
 
 
 def inherit(new: ir.Node, old: ir.Node | Iterable[ir.Node]) -> ir.Node:
-    """Give ``new`` the names of the nodes that it replaces, the first with a weight before the others; returns it."""
+    """Give ``new`` the names of the nodes that it replaces, of the first with a weight if any; returns it."""
     olds = [old] if isinstance(old, ir.Node) else list(old)
     if not olds:
         return new
@@ -106,7 +106,7 @@ def _torch_scope(node: ir.Node) -> str:
 
 
 def _node_path(name: str) -> str:
-    """``/model/layers.3/mlp/down_proj/MatMul`` (torch's older exporter) -> ``model.layers.3.mlp.down_proj``."""
+    """``/layers.3/mlp/down_proj/MatMul`` (torch's older exporter) -> ``layers.3.mlp.down_proj``."""
     if not name.startswith("/"):
         return ""
     return ".".join(part for part in name.split("/")[1:-1] if part)
