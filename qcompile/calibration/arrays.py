@@ -41,7 +41,7 @@ def check_feeds(feeds: Arrays, inputs: Mapping[str, Input]) -> None:
                 known, other = sizes.setdefault(symbol, (size, name))
                 if known != size:
                     raise UserError(
-                        f"axis {axis} of '{name}' has length {size}, but axis '{symbol}' of '{other}' has {known}"
+                        f"axis {axis} of '{name}' has length {size}, but '{symbol}' of '{other}' has {known}"
                     )
 
 

@@ -15,8 +15,8 @@ from onnx_ir.passes import common as onnx_passes
 from qcompile.capture.tensors import check_tensors, check_weights, inline_small
 from qcompile.capture.tidy import FoldSmallConstants, RemoveDropout
 from qcompile.errors import UserError
-from qcompile.graph.convert import NEWEST_IR_VERSION, check_opset, to_canonical_opset
-from qcompile.graph.provenance import remember
+from qcompile.graph.convert import check_opset, to_canonical_opset
+from qcompile.graph.provenance import original_name, remember
 from qcompile.graph.workspace import Workspace
 
 PROTOBUF_LIMIT = 2**31 - 1
@@ -43,6 +43,7 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     model = _read(path)
     interface = _interface(model)
     check_opset(model)
+    _check_wired(model, path)
     check_tensors(model)
     remember(model)
     with _where(path), _quiet():
@@ -54,14 +55,11 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     check_weights(model)
     inline_small(model)
     workspace.adopt(model)
-    _validate(model, path)
     return model
 
 
 def _read(path: Path) -> ir.Model:
     proto = _parse(path)
-    if proto.ir_version > NEWEST_IR_VERSION and not proto.opset_import:
-        raise UserError(f"IR version {proto.ir_version} is not supported", where=str(path))
     _check_names(proto.graph, path)
     try:
         with _quiet():
@@ -172,12 +170,24 @@ def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:
             value.type, value.shape = port.type, port.shape
 
 
-def _validate(model: ir.Model, path: Path) -> None:
-    try:
-        with _quiet():
-            onnx_passes.CheckerPass()(model)
-    except Exception as error:  # the checker's own class, wrapped by the pass manager
-        raise UserError(f"the model is not valid ONNX: {_innermost(error)}", where=str(path)) from error
+def _check_wired(model: ir.Model, path: Path) -> None:
+    """Every value that is read must be made somewhere."""
+    for graph in (*model.graphs(), *(function.graph for function in model.functions.values())):
+        for node in graph:
+            for value in node.inputs:
+                if value is not None and not _is_made(value):
+                    raise UserError(
+                        f"node '{original_name(node)}' ({node.op_type}) reads '{value.name}', which nothing makes",
+                        where=str(path),
+                        hint="the file is damaged, or a tool removed a node that is in use",
+                    )
+        for value in graph.outputs:
+            if not _is_made(value):
+                raise UserError(f"output '{value.name}' is made by no node", where=str(path))
+
+
+def _is_made(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 @contextlib.contextmanager
