@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Protocol, TypedDict
 
 import onnx_ir as ir
 
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass, Target
+from qcompile.pipeline import Arrays, Context, Pass, Target
+
+Program = Callable[[Arrays], Arrays]
 
 
 class Kernel(TypedDict):
@@ -54,3 +57,18 @@ class Lower(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         return self.backend.lower(model, ctx)
+
+
+def open_program(folder: Path) -> Program:
+    """The compiled program in ``folder`` as a function from inputs to outputs, both by name."""
+    from qcompile.calibration.runner import open_session, run_session
+
+    session = open_session(folder / "model.onnx")
+    wanted = {i.name for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+
+    def run(feeds: Arrays) -> Arrays:
+        given = {name: array for name, array in feeds.items() if name in wanted}
+        return dict(zip(names, run_session(session, names, given), strict=True))
+
+    return run

@@ -14,11 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import ContractError, QCompileError, UserError
+from qcompile.graph.provenance import layer_name
 from qcompile.ledger import Entry, Proof
 from qcompile.pipeline import Arrays, Context, IrPass, Pass
 from qcompile.progress import say
 
 PROOF_SAMPLES = 2
+LOST_DB = -200.0  # NaN came out, or something came of nothing
+LAYERS_AT_A_TIME = 64
 ROWS = 1024  # rows compared at a time, so that a large vocabulary costs no memory
 Interface = list[dict[str, object]]
 Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
@@ -75,11 +78,11 @@ class Difference:
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10(signal / error) in dB; infinite where nothing differs."""
+        """10 log10(signal / error) in dB; infinite where nothing differs, LOST_DB where nothing is left."""
         if self.error == 0.0:
             return math.inf
         if math.isnan(self.error) or self.signal == 0.0:
-            return -math.inf
+            return LOST_DB
         return 10.0 * math.log10(self.signal / self.error)
 
 
@@ -180,7 +183,7 @@ class Verify:
     def compare(self, before: Stored, after: Stored, ctx: Context, tolerance: float | None) -> Proof:
         """The Proof that stored outputs are equal over unmasked positions; raises where shapes differ."""
         worst: dict[str, Difference] = {}
-        for sample, old, new in zip(self._some(ctx), before, after, strict=True):
+        for sample, old, new in zip(self.some(ctx), before, after, strict=True):
             for name, path in old.items():
                 one, other = np.load(path, mmap_mode="r"), np.load(new[name], mmap_mode="r")
                 if one.shape != other.shape:
@@ -199,12 +202,13 @@ class Verify:
             kept.append(paths)
         return kept
 
-    def _some(self, ctx: Context) -> Iterator[Any]:
+    def some(self, ctx: Context) -> Iterator[Any]:
+        """The samples that the proofs are made on."""
         return itertools.islice(iter(ctx.samples), self._samples)
 
     def _run(self, model: ir.Model, ctx: Context, stem: str) -> list[dict[str, Path]]:
         names = [v.name for v in model.graph.outputs if v.name is not None]
-        stream = ctx.runner.stream(model, self._some(ctx), names, label="verify")
+        stream = ctx.runner.stream(model, self.some(ctx), names, label="verify")
         return self.keep((arrays for _, arrays in stream), ctx, stem)
 
     def _run_after(self, model: ir.Model, step: Pass, ctx: Context) -> list[dict[str, Path]]:
@@ -235,6 +239,57 @@ def _contract(step: Pass, what: str) -> QCompileError:
     """A broken promise is a bug of ours, or the user's mistake where the pass is the user's own."""
     kind = UserError if isinstance(step, IrPass) else ContractError
     return kind(f"pass '{step.spec}' {what}", hint="--dump DIR writes the model after each pass")
+
+
+class LayerErrors:
+    """Per-layer SQNR of a lossy pass: the outputs of the linears that exist before and after it, on one sample.
+
+    The figure of a layer includes the error that reaches it from the layers before.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Path] = {}
+        self._layers: dict[str, str] = {}
+
+    def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
+        self._layers = {}
+        if step.preserves == "approximation" and step.name == "quantise":
+            self._layers = dict(_linear_outputs(model))
+            self._held = self._fetch(model, ctx, list(self._layers), "before")
+
+    def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None:
+        if not self._layers or entry.rewrites == 0:
+            return
+        present = {v.name for node in model.graph for v in node.outputs}
+        now = self._fetch(model, ctx, [name for name in self._layers if name in present], "after")
+        mask = next(iter(ctx.samples)).mask
+        layers = [{"site": self._layers[n], "sqnr_db": self._sqnr(n, path, mask)} for n, path in now.items()]
+        entry.facts.setdefault("layers", layers)
+
+    def _sqnr(self, name: str, path: Path, mask: np.ndarray | None) -> float:
+        difference = Difference()
+        difference.add(np.load(self._held[name], mmap_mode="r"), np.load(path, mmap_mode="r"), mask)
+        return difference.sqnr_db
+
+    def _fetch(self, model: ir.Model, ctx: Context, names: list[str], stem: str) -> dict[str, Path]:
+        """Values of the first sample as files, fetched a few at a time so that they never fill the memory."""
+        found: dict[str, Path] = {}
+        one = list(itertools.islice(iter(ctx.samples), 1))
+        for start in range(0, len(names), LAYERS_AT_A_TIME):
+            some = names[start : start + LAYERS_AT_A_TIME]
+            for _, arrays in ctx.runner.stream(model, one, some, label="layers"):
+                for name, array in arrays.items():
+                    found[name] = ctx.workspace.root / f"layer-{stem}-{len(found)}.npy"
+                    np.save(found[name], array)
+        return found
+
+
+def _linear_outputs(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """The output value and the user's name of each matmul with constant weights."""
+    for node in model.graph:
+        weights = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+        if weights is not None and weights.is_initializer() and node.outputs[0].name:
+            yield node.outputs[0].name, layer_name(node)
 
 
 class Dump:

@@ -1,0 +1,40 @@
+"""Options that several verbs share, spelled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_CALIBRATION = (
+    click.option("--calib", type=click.Path(path_type=Path), metavar="PATH",
+                 help="Calibration data: .npz, a folder of them, .txt or .jsonl."),
+    click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Folder with tokenizer.json; one beside the model is found."),
+    click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, metavar="N",
+                 help="Calibration samples at most."),
+    click.option("--length", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+                 help="Tokens per sample at most."),
+)  # fmt: skip
+
+
+def calibration(command: Command) -> Command:
+    """--calib, --tokenizer, --samples, --length."""
+    for option in reversed(_CALIBRATION):
+        command = option(command)
+    return command
+
+
+def debug(command: Command) -> Command:
+    """--debug; read by ``main``, which is where errors are printed."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")(command)
+
+
+def allow_pickle(command: Command) -> Command:
+    return click.option(
+        "--allow-pickle", is_flag=True, help="Load .bin weights, which can run code of whoever made them."
+    )(command)

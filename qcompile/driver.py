@@ -1,0 +1,335 @@
+"""``compile``: one model through the whole pipeline, every step proved, and a folder with the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile import backends, manifest, report
+from qcompile import recipe as recipes
+from qcompile.backends.base import Backend, Lower, open_program
+from qcompile.errors import ContractError, GateError, QCompileError, UserError
+from qcompile.graph.workspace import Workspace
+from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
+from qcompile.intake import Taken, describe_tokenizer, take, take_samples
+from qcompile.ledger import Ledger, Proof
+from qcompile.pipeline import Arrays, Context, IrPass, Pass, make_pass, split_passes
+from qcompile.progress import say, step, warn
+from qcompile.publish import check_destination, publish, writing
+from qcompile.recipe import Recipe
+
+Step = str | Pass | Callable[[ir.Model], Any]
+DEFAULT_TRANSFORMS = ("os_plus",)
+BULKY = ("channel_ranges",)  # facts that the report draws and the manifest leaves out
+
+
+class CompiledModel:
+    """The result of ``compile``: a program, the proof of it, and where to put both.
+
+    Its files live in a temporary folder until ``save``; close it (or leave its ``with``) to remove them.
+    """
+
+    def __init__(self, workspace: Workspace, folder: Path, record: manifest.Manifest) -> None:
+        self.folder = folder
+        self.manifest = record
+        self._program: Callable[[Arrays], Arrays] | None = None
+        self._close = weakref.finalize(self, workspace.close)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The figures a caller wants: sizes, end-to-end proof, per-layer SQNR in dB, kernels, gate."""
+        return {key: self.manifest[key] for key in ("sizes", "end_to_end", "layers", "kernels", "gate")}
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """The outputs by name for one set of inputs, computed by the compiled program."""
+        if self._program is None:
+            self._program = open_program(self.folder)
+        return self._program(feeds)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write program, manifest and report to ``folder``, all or nothing.
+
+        Replaces an earlier result; raises UserError where ``folder`` holds anything else, unless ``force``.
+        """
+        publish(self.folder, Path(folder), force)
+        return Path(folder)
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        self._program = None
+        self._close()
+
+    def __enter__(self) -> CompiledModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def compile(
+    model: Any,
+    *,
+    recipe: str | Recipe = "w8a8_static",
+    passes: str | Sequence[Step] | None = None,
+    target: str = "cpu",
+    calibration: Any = None,
+    tokenizer: str | Path | None = None,
+    max_drop: float | None = None,
+    max_samples: int = 128,
+    max_length: int = 512,
+    seed: int = 0,
+    dump: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    allow_pickle: bool = False,
+) -> CompiledModel:
+    """Compile ``model`` and prove every step.
+
+    model:       path to .onnx, a Hugging Face folder, 'module:factory', an ``ir.Model``, or a torch module
+                 with ``example_inputs`` (tensors by argument name) and maybe ``dynamic_shapes``
+    recipe:      a name, a .toml file or a Recipe
+    passes:      the transforms; None means os_plus where the recipe quantises activations
+    calibration: a path (.npz, folder, .txt, .jsonl) or a list of {input name: array}; None uses built-in text
+    max_drop:    the allowed drop of the output metric; GateError when it cannot be held
+    dump:        folder for the model after each pass;  output: folder to save to
+
+    Raises UserError for what the caller can mend, ContractError when a pass breaks its promise.
+    """
+    settings = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    backend = backends.by_name(target)
+    pipeline = expand(passes, settings, backend)
+    if output is not None:
+        check_destination(Path(output), force)
+    workspace = Workspace()
+    try:
+        with writing():
+            say(f"pipeline: {', '.join(p.spec for p in pipeline)}")
+            taken = take(
+                model,
+                workspace,
+                example_inputs=example_inputs,
+                dynamic_shapes=dynamic_shapes,
+                allow_pickle=allow_pickle,
+            )
+            words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
+            samples, described = take_samples(taken.model, calibration, words, max_samples, max_length)
+            ctx = context(workspace, settings, backend, samples, max_drop, seed)
+            inputs = {
+                "name": taken.name,
+                "source": taken.source,
+                "calibration": described,
+                "tokenizer": describe_tokenizer(words),
+                "interface": interface(taken.model),
+            }
+            compiled = _compiled(taken, pipeline, ctx, backend, inputs, None if dump is None else Path(dump))
+        if output is not None:
+            compiled.save(output, force=force)
+        return compiled
+    except BaseException:
+        workspace.close()
+        raise
+
+
+def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend) -> list[Pass]:
+    """The whole pipeline: ``canonicalise``, the transforms, ``quantise`` if anything is, the lowering."""
+    steps = _steps(passes, recipe)
+    names = [p.name for p in steps]
+    if "canonicalise" not in names:
+        steps.insert(0, make_pass("canonicalise", {}))
+    if "quantise" not in names and (recipe.rules or recipe.name == "auto"):
+        steps.append(make_pass("quantise", {}))
+    return [*steps, Lower(backend)]
+
+
+def _steps(passes: str | Sequence[Step] | None, recipe: Recipe) -> list[Pass]:
+    if passes is None:
+        acts = recipe.name == "auto" or any(r.activations is not None for r in recipe.rules)
+        passes = DEFAULT_TRANSFORMS if acts else ()
+    if isinstance(passes, str):
+        passes = [passes]
+    found: list[Pass] = []
+    for item in passes:
+        if isinstance(item, str):
+            found.extend(make_pass(name, options) for name, options in split_passes(item))
+        elif isinstance(item, Pass):
+            found.append(item)
+        else:
+            found.append(IrPass(item, getattr(item, "__name__", type(item).__name__)))
+    return found
+
+
+def context(
+    workspace: Workspace,
+    recipe: Recipe,
+    backend: Backend,
+    samples: Any,
+    max_drop: float | None = None,
+    seed: int = 0,
+) -> Context:
+    """What the passes are given."""
+    from qcompile.calibration.runner import OrtRunner
+
+    return Context(
+        workspace=workspace,
+        ledger=Ledger(),
+        recipe=recipe,
+        target=backend.target,
+        samples=samples,
+        runner=OrtRunner(workspace),
+        max_drop=max_drop,
+        seed=seed,
+    )
+
+
+def run_pipeline(
+    model: ir.Model, pipeline: Sequence[Pass], ctx: Context, watch: Sequence[Instrument]
+) -> None:
+    """Run the passes in order, each under the instruments and with its own entry in the ledger."""
+    for one in pipeline:
+        entry = ctx.ledger.open(one.name, one.spec, one.preserves)
+        for instrument in watch:
+            instrument.before(model, one, ctx)
+        with step(one.name):
+            entry.rewrites = _guarded(one, model, ctx)
+        for instrument in watch:
+            instrument.after(model, one, ctx, entry)
+        if one.preserves == "function" and entry.rewrites == 0 and one.name != "canonicalise":
+            why = entry.skips[0].reason if entry.skips else "no place in this graph matches"
+            warn(f"{one.name} changed nothing: {why}")
+
+
+def _guarded(one: Pass, model: ir.Model, ctx: Context) -> int:
+    """Run a pass; an exception that nobody designed names the pass that it came from."""
+    try:
+        return one.run(model, ctx)
+    except (QCompileError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"pass '{one.spec}' failed: {type(error).__name__}: {error}"
+        if isinstance(one, IrPass):
+            raise UserError(what, hint="--debug shows the traceback") from error
+        raise ContractError(what, hint="--debug shows the traceback; please report it") from error
+
+
+# --------------------------------------------------------------------------- packaging
+
+
+def _compiled(
+    taken: Taken,
+    pipeline: Sequence[Pass],
+    ctx: Context,
+    backend: Backend,
+    inputs: dict[str, Any],
+    dump: Path | None,
+) -> CompiledModel:
+    """Run the pipeline and stage its result in the workspace."""
+    verify = Verify()
+    watch: list[Instrument] = [] if dump is None else [Dump(dump)]
+    watch += [verify, LayerErrors(), Timer(len(pipeline))]
+    run_pipeline(taken.model, pipeline, ctx, watch)
+    folder = ctx.workspace.root / "package"
+    folder.mkdir()
+    with step("writing the program"):
+        backend.package(taken.model, folder)
+    with step("inspecting the kernels"):
+        kernels = backend.kernels(folder / "model.onnx")
+    with step("checking the program"):
+        proof = _end_to_end(folder, verify, ctx)
+    files = manifest.describe_files(folder, manifest.files_below(folder))
+    sizes = {"before": taken.bytes, "after": sum(f["bytes"] for f in files.values())}
+    record = _record(pipeline, ctx, backend) | inputs
+    record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
+    _check_gate(record["gate"])
+    if ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
+        warn("nothing runs in low bits; `qcompile explain` and the report say why for each matmul")
+    return _staged(folder, record, ctx)
+
+
+def _staged(folder: Path, record: manifest.Manifest, ctx: Context) -> CompiledModel:
+    """Write the manifest and the report beside the program."""
+    record = manifest.plain(record)
+    html = report.render(record, [manifest.plain(entry) for entry in ctx.ledger.as_list()])
+    (folder / manifest.REPORT).write_text(html, encoding="utf-8")
+    (folder / manifest.FILE).write_text(manifest.dumps(record), encoding="utf-8")
+    return CompiledModel(ctx.workspace, folder, record)
+
+
+def _record(pipeline: Sequence[Pass], ctx: Context, backend: Backend) -> manifest.Manifest:
+    """What the manifest says of the compilation itself."""
+    entries = ctx.ledger.as_list()
+    for entry in entries:
+        entry["facts"] = {k: v for k, v in entry["facts"].items() if k not in BULKY}
+    return {
+        "format": manifest.FORMAT,
+        "versions": manifest.versions(),
+        "recipe": ctx.recipe,
+        "target": backend.target,
+        "seed": ctx.seed,
+        "max_drop": ctx.max_drop,
+        "pipeline": [_described(p) for p in pipeline],
+        "layers": _fact(entries, "layers", []),
+        "gate": _fact(entries, "gate", None),
+        "passes": entries,
+    }
+
+
+def _described(one: Pass) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": one.name, "spec": one.spec, "options": {}}
+    if dataclasses.is_dataclass(one) and not isinstance(one, Lower):
+        described["options"] = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+    return described
+
+
+def _fact(entries: list[dict[str, Any]], key: str, default: Any) -> Any:
+    """The last entry's fact ``key``, moved out of the entry: the manifest states it once, at the top."""
+    found = default
+    for entry in entries:
+        found = entry["facts"].pop(key, found)
+    return found
+
+
+def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
+    """The packaged program, as a user would run it, against the model as it was captured."""
+    program = open_program(folder)
+    results = verify.keep((program(s.feeds) for s in verify.some(ctx)), ctx, "packaged")
+    return verify.compare(verify.original, results, ctx, None)
+
+
+def _check_gate(gate: dict[str, Any] | None) -> None:
+    """``gate``: {metric, drop, max_drop}, from the pass that measured it; raises GateError when missed."""
+    if gate is None or gate["drop"] <= gate["max_drop"]:
+        return
+    drop = "nan" if math.isnan(gate["drop"]) else f"{gate['drop']:.4g}"
+    raise GateError(
+        f"the {gate['metric']} dropped by {drop}, allowed {gate['max_drop']:g}; nothing was written",
+        hint="allow a larger --max-drop, or take a recipe with more bits",
+    )
+
+
+def analyze(
+    model: Any,
+    *,
+    calibration: Any = None,
+    tokenizer: str | Path | None = None,
+    max_samples: int = 128,
+    max_length: int = 512,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """The ledger entry of the ``outliers`` pass on ``model``; nothing is compiled."""
+    settings = recipes.load("float")
+    pipeline = [make_pass("canonicalise", {}), make_pass("outliers", {})]
+    with Workspace() as workspace, writing():
+        taken = take(model, workspace, allow_pickle=allow_pickle)
+        words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
+        samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length)
+        ctx = context(workspace, settings, backends.by_name("cpu"), samples)
+        run_pipeline(taken.model, pipeline, ctx, [Verify(), Timer(len(pipeline))])
+        return ctx.ledger.current.as_dict()

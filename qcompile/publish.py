@@ -1,0 +1,80 @@
+"""Writing the result: all of it or nothing, and never over something that is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcompile.errors import UserError
+from qcompile.manifest import foreign_files
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_destination(folder: Path, force: bool = False) -> None:
+    """Refuse a destination that holds anything but an earlier result of ours, unless ``force``."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file", hint="give a folder to -o")
+    if force or not folder.is_dir():
+        return
+    foreign = foreign_files(folder)
+    if foreign:
+        raise UserError(
+            f"'{folder}' holds files that qcompile did not write: {', '.join(foreign[:3])}",
+            hint="choose another folder with -o, or add --force to delete everything in it",
+        )
+
+
+def publish(staged: Path, destination: Path, force: bool = False) -> None:
+    """Copy the folder ``staged`` to ``destination`` in one step that either happens or does not.
+
+    The copy is made beside the destination and renamed; an earlier result is moved away first and put
+    back if the renaming fails.
+    """
+    check_destination(destination, force)
+    with writing():
+        parent = destination.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=parent))
+        try:
+            fresh = scratch / "new"
+            shutil.copytree(staged, fresh)
+            _swap(fresh, destination, scratch / "old")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(fresh: Path, destination: Path, old: Path) -> None:
+    existed = destination.exists()
+    if existed:
+        destination.rename(old)
+    try:
+        fresh.rename(destination)
+    except BaseException:
+        if existed and not destination.exists():
+            old.rename(destination)
+        raise
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into an error that the user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                "no disk space left",
+                where=str(error.filename or ""),
+                hint="free some, or point TMPDIR and -o at a larger disk",
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"not allowed to write '{error.filename}'", hint="choose another -o") from error
+        raise
+    except shutil.Error as error:  # copytree gathers the errors of single files
+        first = error.args[0][0][2] if error.args and error.args[0] else error
+        raise UserError(f"cannot write the result: {first}", hint="free some disk space") from error

@@ -1,0 +1,1 @@
+"""The parts of report.html: its markup and its plots."""
