@@ -30,7 +30,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --wheel
 	$(PYTHON) -m venv build/bare
 	build/bare/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd build && bare/bin/python -c 'import qcompile.pipeline as p; print(*p.known_passes())'
+	cd build && bare/bin/qcompile --version && bare/bin/qcompile passes && bare/bin/qcompile recipes
 
 clean:
 	rm -rf build dist qcompile_demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
