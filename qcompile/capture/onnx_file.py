@@ -60,7 +60,7 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
 
 def _read(path: Path) -> ir.Model:
     proto = _parse(path)
-    _check_names(proto.graph, path)
+    _check_initializers(proto.graph, path)
     try:
         with _quiet():
             model = ir.from_proto(proto)
@@ -97,12 +97,16 @@ def _not_onnx(path: Path, size: int) -> UserError:
     return UserError(what, where=f"{path} ({size} bytes)", hint="download or export it again")
 
 
-def _check_names(graph: onnx.GraphProto, path: Path) -> None:
+def _check_initializers(graph: onnx.GraphProto, path: Path) -> None:
     seen: set[str] = set()
     for tensor in graph.initializer:
         if tensor.name in seen:
             raise UserError(f"two initializers have the name '{tensor.name}'", where=str(path))
         seen.add(tensor.name)
+        for entry in tensor.external_data:
+            if entry.key in ("offset", "length") and not entry.value.isdecimal():
+                what = f"the external data of tensor '{tensor.name}'"
+                raise UserError(f"{what} has {entry.key} '{entry.value}'", where=str(path))
     if graph.sparse_initializer:
         raise UserError("sparse initializers are not supported", where=str(path), hint="export dense weights")
 
@@ -176,8 +180,9 @@ def _check_wired(model: ir.Model, path: Path) -> None:
         for node in graph:
             for value in node.inputs:
                 if value is not None and not _is_made(value):
+                    what = f"node '{original_name(node)}' ({node.op_type})"
                     raise UserError(
-                        f"node '{original_name(node)}' ({node.op_type}) reads '{value.name}', which nothing makes",
+                        f"{what} reads '{value.name}', which nothing makes",
                         where=str(path),
                         hint="the file is damaged, or a tool removed a node that is in use",
                     )
