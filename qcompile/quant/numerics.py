@@ -103,6 +103,14 @@ class QuantizedWeight:
         return ((self.codes.astype(np.int32) - zero) * scale).astype(np.float32)
 
 
+def fake_quantize_weight(w: np.ndarray, scheme: WeightScheme) -> np.ndarray:
+    """What ``quantize_weight(w, scheme).dequantized()`` gives, without making codes."""
+    if scheme.group_size is not None:
+        return quantize_weight(w, scheme).dequantized()
+    lo, hi = _range(w.min(axis=0), w.max(axis=0), scheme)
+    return fake_quantize(w, _weight_affine(lo, hi, w, scheme))
+
+
 def quantize_weight(w: np.ndarray, scheme: WeightScheme) -> QuantizedWeight:
     """Quantise W [K, N] along its output columns; a last group that K does not fill is a shorter group."""
     if w.ndim != 2:

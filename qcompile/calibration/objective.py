@@ -1,0 +1,216 @@
+"""What a transform search minimises: the error at the next linears' inputs, computed on real activations.
+
+The region between a site's linears and the inputs of the linears after it (attention with its masks and rotary
+embedding, the gate of SwiGLU) is cut out of the graph and run by ONNX Runtime, so that no architecture is
+assumed. Sources: Outlier Suppression+ (arXiv 2304.09145) Eq. 6 and 7 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.runner import matmul, open_session
+from qcompile.graph.functions import is_op
+from qcompile.graph.sites import ATTENTIONS, Linear, Site, find_linears
+from qcompile.quant.numerics import affine_from_range, fake_quantize, fake_quantize_per_token, fake_quantize_weight
+from qcompile.quant.schemes import ActivationScheme, WeightScheme
+
+MAX_REGION = 400  # nodes; a larger region is not the inside of one block
+
+
+@dataclasses.dataclass
+class Region:
+    """The nodes between linears' outputs and the next linears' inputs, as a model of its own."""
+
+    inputs: list[ir.Value]  # outputs of the site's linears
+    extra: list[ir.Value]  # values that come from elsewhere: masks, cos, sin, shapes
+    joins: list[ir.Value]
+    kind: str
+    model: bytes
+
+
+def cut_region(model: ir.Model, site: Site) -> Region | None:
+    """The region behind a norm site, when it holds an attention or a gate; None for the plain linear objective."""
+    outputs = [linear.output for linear in site.linears]
+    stops = {id(linear.node) for linear in find_linears(model.graph)}
+    dependent, joins = _forward(outputs, stops)
+    inside = [n for n in dependent if _leads_to(n, joins)]
+    attention = any(is_op(n, *ATTENTIONS, "Softmax") for n in inside)
+    gated = any(is_op(n, "Mul") and all(_from(v, inside, outputs) for v in n.inputs) for n in inside)
+    if not joins or not (attention or gated) or len(inside) > MAX_REGION:
+        return None
+    extra = _outside(inside, outputs)
+    return Region(
+        outputs,
+        extra,
+        joins,
+        "attention" if attention else "gated",
+        _extract(model, inside, outputs + extra, joins),
+    )
+
+
+def _forward(starts: Sequence[ir.Value], stops: set[int]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes that depend on ``starts`` up to the linears ``stops``, in graph order, and the values that enter those."""
+    seen: dict[int, ir.Node] = {}
+    joins: dict[int, ir.Value] = {}
+    pending = list(starts)
+    while pending and len(seen) <= MAX_REGION:
+        value = pending.pop()
+        for use in value.uses():
+            if id(use.node) in stops:
+                if use.idx == 0:
+                    joins[id(value)] = value
+            elif id(use.node) not in seen:
+                seen[id(use.node)] = use.node
+                pending.extend(use.node.outputs)
+    order = list(next(iter(starts)).producer().graph)  # type: ignore[union-attr, arg-type]
+    position = {id(n): i for i, n in enumerate(order)}
+    starting = {id(s) for s in starts}
+    found = [j for j in joins.values() if id(j) not in starting]
+    return sorted(seen.values(), key=lambda n: position.get(id(n), 0)), found
+
+
+def _leads_to(node: ir.Node, joins: list[ir.Value]) -> bool:
+    goal, pending, seen = {id(j) for j in joins}, list(node.outputs), set()
+    while pending:
+        value = pending.pop()
+        if id(value) in goal:
+            return True
+        for use in value.uses():
+            if (
+                id(use.node) not in seen
+                and len(seen) < MAX_REGION
+                and not is_op(use.node, "MatMul", "LayerNormalization", "RMSNormalization")
+            ):
+                seen.add(id(use.node))
+                pending.extend(use.node.outputs)
+    return False
+
+
+def _from(value: ir.Value | None, inside: list[ir.Node], outputs: list[ir.Value]) -> bool:
+    producer = value.producer() if value is not None else None
+    return any(value is o for o in outputs) or any(producer is n for n in inside)
+
+
+def _outside(inside: list[ir.Node], outputs: list[ir.Value]) -> list[ir.Value]:
+    own = {id(o) for n in inside for o in n.outputs} | {id(o) for o in outputs}
+    found: dict[int, ir.Value] = {}
+    for node in inside:
+        for value in node.inputs:
+            if value is not None and id(value) not in own and not value.is_initializer():
+                found[id(value)] = value
+    return list(found.values())
+
+
+def _extract(
+    model: ir.Model, inside: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value]
+) -> bytes:
+    mapping: dict[int, ir.Value] = {}
+    initializers = []
+    for value in inputs:
+        mapping[id(value)] = ir.Value(name=value.name, type=value.type or ir.TensorType(ir.DataType.FLOAT))
+    for node in inside:
+        for value in node.inputs:
+            if value is not None and id(value) not in mapping and value.is_initializer():
+                held = ir.tensor(value.const_value.numpy().copy(), name=value.name)  # type: ignore[union-attr]
+                mapping[id(value)] = ir.Value(
+                    name=value.name, const_value=held, type=ir.TensorType(held.dtype), shape=held.shape
+                )
+                initializers.append(mapping[id(value)])
+    nodes = []
+    for node in inside:
+        copy = ir.Node(
+            node.domain, node.op_type, [mapping[id(v)] if v is not None else None for v in node.inputs],
+            list(node.attributes.values()), num_outputs=len(node.outputs),
+        )  # fmt: skip
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.name, new.type = old.name, old.type
+            mapping[id(old)] = new
+        nodes.append(copy)
+    graph = ir.Graph(
+        [mapping[id(v)] for v in inputs], [mapping[id(v)] for v in outputs], nodes=nodes, initializers=initializers,
+        opset_imports=dict(model.graph.opset_imports), name="region",
+    )  # fmt: skip
+    proto: bytes = ir.to_proto(
+        ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    ).SerializeToString()
+    return proto
+
+
+@dataclasses.dataclass
+class Objective:
+    """The error of one site as a function of its transform.
+
+    ``x``: the linears' input for each search sequence, shapes (..., channels); ``extra``: the region's other
+    inputs for each sequence, as the graph gave them; ``masks``: (tokens,), which tokens are real (None: all).
+    """
+
+    linears: tuple[Linear, ...]
+    weights: WeightScheme | None
+    activations: ActivationScheme | None
+    x: list[np.ndarray]
+    region: Region | None
+    extra: list[dict[str, np.ndarray]]
+    masks: list[np.ndarray | None]
+
+    def __post_init__(self) -> None:
+        self._w = np.concatenate([linear.w for linear in self.linears], axis=1)
+        sizes = [linear.w.shape[1] for linear in self.linears]
+        self._columns = np.cumsum(sizes)[:-1]
+        biases = [b if (b := linear.bias) is not None else np.zeros(n, np.float32) for linear, n in zip(self.linears, sizes, strict=True)]
+        self._b = np.concatenate(biases)
+        self._shapes = [x.shape[:-1] for x in self.x]
+        self._rows = np.cumsum([int(np.prod(shape)) for shape in self._shapes])[:-1]
+        self._x = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x]).astype(np.float32)
+        self._session = open_session(self.region.model) if self.region is not None else None
+        self._target = self._through(matmul(self._x, self._w) + self._b)
+        self.x = []
+
+    def loss(self, scale: np.ndarray, shift: np.ndarray, limit: float | None = None) -> float:
+        """Mean over tokens of the summed squared error with the real quantisers.
+
+        ``scale`` and ``shift`` are per row of W; ``limit`` is the static clip range (-limit, limit) of x~
+        (its own extremes when None).
+        """
+        w = self._w * scale[:, None]
+        if self.weights is not None:
+            w = fake_quantize_weight(w, self.weights)
+        bias = self._b + shift @ self._w if shift.any() else self._b
+        x = self._quantized((self._x - shift) / scale, limit)
+        total, tokens = 0.0, 0
+        for mask, shape, results, targets in zip(
+            self.masks, self._shapes, self._through(matmul(x, w) + bias), self._target, strict=True
+        ):
+            count = int(np.prod(shape))
+            for result, target in zip(results, targets, strict=True):
+                error = (result - target).reshape(count, -1)
+                error = error if mask is None else error[mask]
+                total += float(np.vdot(error, error))
+            tokens += count if mask is None else int(mask.sum())
+        return total / max(tokens, 1)
+
+    def _quantized(self, x: np.ndarray, limit: float | None) -> np.ndarray:
+        scheme = self.activations
+        if scheme is None:
+            return x
+        if scheme.dynamic:
+            return fake_quantize_per_token(x, scheme.bits, scheme.symmetric)
+        lo, hi = (-limit, limit) if limit is not None else (float(x.min()), float(x.max()))
+        return fake_quantize(x, affine_from_range(np.float32(lo), np.float32(hi), scheme.bits, scheme.symmetric, signed=False))
+
+    def _through(self, y: np.ndarray) -> list[list[np.ndarray]]:
+        """The region's outputs for each sequence; the linears' own output where there is no region."""
+        parts = np.split(y, self._rows)
+        if self._session is None or self.region is None:
+            return [[part] for part in parts]
+        results = []
+        for part, shape, extra in zip(parts, self._shapes, self.extra, strict=True):
+            feeds = dict(extra)
+            for value, columns in zip(self.region.inputs, np.split(part, self._columns, axis=1), strict=True):
+                feeds[str(value.name)] = columns.reshape(*shape, -1)
+            results.append(self._session.run(None, feeds))
+        return results

@@ -1,0 +1,156 @@
+"""Shared by the transforms: gather a site's activations, and search one scale for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.objective import Objective, Region, cut_region
+from qcompile.calibration.observers import ChannelRange, observe
+from qcompile.graph.sites import Site
+from qcompile.pipeline import Context
+
+CHUNK_BYTES = 256 << 20  # activations held at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best point of a search: per-channel scale and shift, the parameter, and the whole curve."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+    parameter: float
+    loss: float
+    baseline: float
+    curve: list[tuple[float, float]]
+
+
+def channel_ranges(ctx: Context, model: ir.Model, sites: Sequence[Site]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(lo, hi) of every channel of each site's tensor over all samples, in the producer's channels."""
+    found = {site.linears[0].x.name: ChannelRange() for site in sites}
+    observe(ctx, model, {str(name): [collector] for name, collector in found.items()}, label="channel ranges")
+    return [_per_producer(site, found[site.linears[0].x.name]) for site in sites]
+
+
+def _per_producer(site: Site, seen: ChannelRange) -> tuple[np.ndarray, np.ndarray]:
+    assert seen.lo is not None and seen.hi is not None
+    if site.expand is None:
+        return seen.lo, seen.hi
+    channels = int(site.expand.max()) + 1
+    lo, hi = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
+    np.minimum.at(lo, site.expand, seen.lo)
+    np.maximum.at(hi, site.expand, seen.hi)
+    return lo, hi
+
+
+def objectives(
+    ctx: Context, model: ir.Model, sites: Sequence[Site], tokens: int, plain: bool = False
+) -> Iterator[tuple[Site, Objective]]:
+    """Each site with its objective on the first samples, about ``tokens`` tokens; a chunk in memory at a time."""
+    samples = _first_tokens(ctx, tokens)
+    for chunk in _chunks(sites, tokens):
+        regions = [cut_region(model, site) if site.kind == "norm" and not plain else None for site in chunk]
+        names = [str(site.linears[0].x.name) for site in chunk]
+        names += [str(v.name) for r in regions if r is not None for v in r.extra]
+        runs = [
+            (sample, {k: np.array(v) for k, v in values.items()})
+            for sample, values in ctx.runner.stream(model, samples, names, "searching")
+        ]
+        for site, region in zip(chunk, regions, strict=True):
+            yield site, _objective(ctx, site, region, runs)
+
+
+def _chunks(sites: Sequence[Site], tokens: int) -> Iterator[list[Site]]:
+    chunk: list[Site] = []
+    size = 0
+    for site in sites:
+        need = site.channels * tokens * 4
+        if chunk and size + need > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(site)
+        size += need
+    if chunk:
+        yield chunk
+
+
+def _first_tokens(ctx: Context, tokens: int) -> list[object]:
+    picked: list[object] = []
+    for sample in ctx.samples:
+        picked.append(sample)
+        first = next(iter(sample.feeds.values()))
+        tokens -= int(np.prod(first.shape[:2]))
+        if tokens <= 0:
+            break
+    return picked
+
+
+def _objective(ctx: Context, site: Site, region: Region | None, runs: list[tuple[object, dict[str, np.ndarray]]]) -> Objective:
+    name = str(site.linears[0].x.name)
+    rule = ctx.recipe.rule("linear", site.linears[0].name)
+    x = [values[name] for _, values in runs]
+    extra_names = [str(v.name) for v in region.extra] if region is not None else []
+    return Objective(
+        linears=site.linears,
+        weights=rule.weights.model_copy(update={"clip": "minmax"}) if rule is not None and rule.weights is not None else None,
+        activations=rule.activations if rule is not None else None,
+        x=x,
+        region=region,
+        extra=[{n: values[n] for n in extra_names} for _, values in runs],
+        masks=[_token_mask(sample, a) for (sample, _), a in zip(runs, x, strict=True)],
+    )
+
+
+def _token_mask(sample: object, value: np.ndarray) -> np.ndarray | None:
+    mask: np.ndarray | None = getattr(sample, "mask", None)
+    if mask is None or mask.all() or mask.size != int(np.prod(value.shape[:-1])):
+        return None
+    return mask.reshape(-1).astype(bool)
+
+
+def threshold_grid(top: float, floor: float, points: int) -> np.ndarray:
+    """Candidate thresholds, largest first: linear as in the paper, denser below where outliers stretch the range."""
+    if top <= floor:
+        return np.array([top])
+    half = max(points // 2, 1)
+    grid = np.concatenate([np.linspace(top, floor, half), np.geomspace(top, floor, points - half)])
+    return np.unique(grid)[::-1]
+
+
+def search(
+    candidates: Sequence[float],
+    transform: Callable[[float], tuple[np.ndarray, np.ndarray]],
+    loss: Callable[[float, np.ndarray, np.ndarray], float],
+    baseline: float,
+    refine: int = 0,
+) -> Found:
+    """The candidate with the smallest loss (ties: the first); the identity stays when nothing beats ``baseline``.
+
+    ``refine`` more points are tried between the neighbours of the best one.
+    """
+    curve: list[tuple[float, float]] = []
+    best: tuple[float, float] | None = None
+
+    def attempt(parameter: float) -> None:
+        nonlocal best
+        value = loss(parameter, *transform(parameter))
+        curve.append((float(parameter), value))
+        if best is None or value < best[1]:
+            best = (float(parameter), value)
+
+    for candidate in candidates:
+        attempt(candidate)
+    assert best is not None
+    order = sorted(p for p, _ in curve)
+    place = order.index(best[0])
+    low, high = order[max(place - 1, 0)], order[min(place + 1, len(order) - 1)]
+    for parameter in itertools.islice(np.linspace(high, low, refine + 2)[1:-1], refine):
+        attempt(float(parameter))
+    scale, shift = transform(best[0])
+    if not best[1] < baseline:
+        return Found(np.ones_like(scale), np.zeros_like(shift), best[0], baseline, baseline, sorted(curve))
+    return Found(scale, shift, best[0], best[1], baseline, sorted(curve))

@@ -1,0 +1,176 @@
+"""Fold a per-channel shift z and scale s of a site's tensor into the weights around it.
+
+    x~ = (x - z) / s                      what the consumers will read
+    norm:   gamma' = gamma / s, beta' = (beta - z) / s         v_o, up_down: columns and bias of the source
+    linear: W' = diag(s) W, b' = b + z W  (W before scaling)    other readers: x~ * s + z is inserted
+Computed in float64, cast once. Source: Outlier Suppression+ (arXiv 2304.09145), Eq. 1-4 and Fig. 2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.errors import UserError
+from qcompile.graph.canonical import match
+from qcompile.graph.edits import constant_array, new_initializer, own_initializer, replace_constant
+from qcompile.graph.functions import is_op
+from qcompile.graph.sites import Linear, Other, Site, as_linear
+from qcompile.graph.workspace import Workspace
+
+
+def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, workspace: Workspace) -> int:
+    """Apply ``(x - shift) / scale`` to ``site``; both (channels of the producer,). Returns inserted nodes.
+
+    Raises UserError when a folded weight is not finite.
+    """
+    s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+    carrier = _produce(model, site, s, z, workspace)
+    s_in, z_in = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
+    for linear in site.linears:
+        compensate(model, linear, s_in, z_in, workspace)
+    return int(carrier is not site.tensor) + _restore_others(model, site, carrier, s, z, workspace)
+
+
+def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, workspace: Workspace) -> int:
+    """Transform the linears' common input with run-time nodes where the producer cannot absorb it."""
+    s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+    s, z = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
+    if len({id(linear.x) for linear in site.linears}) != 1:
+        raise UserError("readers see the tensor through different views", where=site.name)
+    x = site.linears[0].x
+    first = site.linears[0].node
+    changed = _affine_nodes(model, x, 1 / s, -z / s, first, workspace)
+    for linear in site.linears:
+        linear.node.replace_input_with(0, changed)
+        compensate(model, linear, s, z, workspace)
+    return 2 if z.any() else 1
+
+
+def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> None:
+    """W' = diag(s) W and b' = b + z W for one reader; a missing bias is made when z is not zero."""
+    w = np.asarray(linear.w, np.float64)
+    if z.any():
+        _add_bias(model, linear, z @ w, workspace)
+    _store(model, linear.node, 1, w * s[:, None], workspace)
+
+
+def scale_columns(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> None:
+    """Make ``linear`` give (y - z) / s: columns of W and the bias."""
+    w = np.asarray(linear.w, np.float64)
+    if z.any() and linear.add is None:
+        _add_bias(model, linear, -z, workspace)
+    elif linear.add is not None:
+        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) - z, workspace)
+    linear = _renewed(linear)
+    if linear.add is not None:
+        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) / s, workspace)
+    _store(model, linear.node, 1, w / s[None, :], workspace)
+
+
+def _produce(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> ir.Value:
+    """Make the producer give x~; returns the value that carries it."""
+    if site.source is not None:
+        if z.any() and site.kind != "v_o":
+            raise UserError("only attention passes a shift on", where=site.name)
+        scale_columns(model, site.source, s, z, workspace)
+        return site.tensor
+    norm = site.producer
+    gamma = np.asarray(constant_array(norm.inputs[1]), np.float64)
+    _store(model, norm, 1, gamma / s, workspace)
+    if is_op(norm, "LayerNormalization"):
+        beta = np.asarray(constant_array(norm.inputs[2]), np.float64)
+        _store(model, norm, 2, (beta - z) / s, workspace)
+        return site.tensor
+    return _shift_after(model, site, -z / s, workspace) if z.any() else site.tensor
+
+
+def _shift_after(model: ir.Model, site: Site, offset: np.ndarray, workspace: Workspace) -> ir.Value:
+    """RMSNorm has no beta: one Add after it carries the shift, for the linears and the others alike."""
+    tensor, norm = site.tensor, site.producer
+    held = new_initializer(model, f"{tensor.name}_shift", offset.astype(np.float32), workspace)
+    add = match.new_node("", "Add", [tensor, held], {}, [norm])
+    name, graph = tensor.name, norm.graph
+    assert graph is not None
+    tensor.replace_all_uses_with(add.outputs[0], replace_graph_outputs=True)
+    add.replace_input_with(0, tensor)
+    graph.insert_after(norm, add)
+    add.outputs[0].type, add.outputs[0].shape = tensor.type, tensor.shape
+    tensor.name, add.outputs[0].name = f"{name}_unshifted", name
+    return add.outputs[0]
+
+
+def _restore_others(
+    model: ir.Model, site: Site, carrier: ir.Value, s: np.ndarray, z: np.ndarray, workspace: Workspace
+) -> int:
+    """Give every reader that is no linear ``x~ * s + z``; one pair of nodes for each value they read."""
+    groups: dict[int, list[Other]] = {}
+    for other in site.others:
+        groups.setdefault(id(other.value), []).append(other)
+    for found in groups.values():
+        value = carrier if found[0].value is site.tensor else found[0].value
+        first = next((o.node for o in found if o.node is not None), None)
+        restored = _affine_nodes(model, value, s, z, first, workspace)
+        for other in found:
+            if other.node is not None:
+                other.node.replace_input_with(other.index, restored)
+            else:
+                _become_output(model, value, restored)
+    return len(groups) * (2 if z.any() else 1)
+
+
+def _become_output(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    outputs = model.graph.outputs
+    outputs[[o is old for o in outputs].index(True)] = new
+    new.type, new.shape = old.type, old.shape
+    name = old.name
+    old.name, new.name = f"{name}_folded", name
+
+
+def _affine_nodes(
+    model: ir.Model, x: ir.Value, factor: np.ndarray, offset: np.ndarray, before: ir.Node | None, workspace: Workspace
+) -> ir.Value:
+    """x * factor (+ offset) just before the node ``before`` (at the end when it is None)."""
+    steps = [("Mul", factor)] + ([("Add", offset)] if offset.any() else [])
+    like = x.producer()
+    for op, array in steps:
+        held = new_initializer(model, f"{x.name}_{op.lower()}", array.astype(np.float32), workspace)
+        node = match.new_node("", op, [x, held], {}, [like] if like is not None else [])
+        if before is not None:
+            model.graph.insert_before(before, node)
+        else:
+            model.graph.append(node)
+        result = node.outputs[0]
+        result.name, result.type, result.shape = f"{held.name}_out", x.type, x.shape
+        x = result
+    return x
+
+
+def _add_bias(model: ir.Model, linear: Linear, bias: np.ndarray, workspace: Workspace) -> None:
+    if linear.add is not None:
+        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) + bias, workspace)
+        return
+    node, value = linear.node, linear.node.outputs[0]
+    held = new_initializer(model, f"{linear.name}.bias", bias.astype(np.float32), workspace)
+    add = match.new_node("", "Add", [value, held], {}, [node])
+    result, name = add.outputs[0], value.name
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
+    add.replace_input_with(0, value)
+    assert node.graph is not None
+    node.graph.insert_after(node, add)
+    result.type, result.shape = value.type, value.shape
+    value.name, result.name = f"{name}_product", name
+
+
+def _renewed(linear: Linear) -> Linear:
+    found = as_linear(linear.node)
+    assert found is not None
+    return found
+
+
+def _store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, workspace: Workspace) -> None:
+    with np.errstate(over="ignore"):
+        cast = array.astype(np.float32)
+    if not np.isfinite(cast).all():
+        raise UserError(f"folding makes '{node.inputs[index].name}' non-finite", hint="the site's scale is too large")  # type: ignore[union-attr]
+    replace_constant(own_initializer(model, node, index), cast, workspace)
