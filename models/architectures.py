@@ -1,7 +1,7 @@
 """Small random models of every architecture, for equivalence and robustness; never for accuracy.
 
 Two layers, hidden 64, 4 heads, vocabulary 256, one seed. Norm weights, norm biases and linear biases are
-random rather than 1 and 0, so that a fold that forgets one of them is seen, and each norm over the hidden axis
+random rather than 1 and 0, so that a fold that forgets one of them is seen. Each norm over the hidden axis
 has one channel that is 12 times the others: an outlier as pretrained models have.
 """
 

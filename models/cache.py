@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from qcompile.errors import UserError
+
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """``cache_dir`` if given, else the user's choice in the environment, else the default."""
@@ -17,9 +19,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def exporter_key() -> str:
-    """The versions of the libraries that decide an export's bytes."""
+    """The versions of the libraries that decide an export's bytes; UserError when one is not installed."""
     names = ("torch", "transformers", "onnxscript")
-    return "-".join(name + importlib.metadata.version(name) for name in names)
+    try:
+        return "-".join(name + importlib.metadata.version(name) for name in names)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"exporting a model needs {error.name}", hint="pip install 'qcompile-nn[torch]'"
+        ) from error
 
 
 def cached_folder(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -1,4 +1,4 @@
-"""Models that hold ONNX Runtime's fused operators, as users' files do; each has a plain one as its reference."""
+"""Models that hold ONNX Runtime's fused operators, as users' files do; each has a plain reference."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Draft:
         name: str,
         outputs: int,
         domain: str = "",
-        **attributes: int | float | list[int],
+        **attributes: int | float,
     ) -> list[ir.Value]:
         """A node ``name/op_type`` with several outputs."""
         values = self.tape.op_multi_out(
@@ -60,7 +60,7 @@ class Draft:
 
     def op(self, op_type: str, *inputs: ir.Value | None, name: str, **attributes: int | float) -> ir.Value:
         """A node of the standard domain with one output."""
-        return self.ops(op_type, *inputs, name=name, outputs=1, **attributes)[0]
+        return self.ops(op_type, *inputs, name=name, outputs=1, domain="", **attributes)[0]
 
     def fused(self, op_type: str, *inputs: ir.Value | None, name: str, **attributes: int | float) -> ir.Value:
         """A node of ONNX Runtime's own domain with one output."""
@@ -136,7 +136,7 @@ def gpt2_attention() -> ir.Model:
 
 
 def llama_gqa() -> ir.Model:
-    """The generation builder's form: GroupQueryAttention that applies RoPE, SkipSimplifiedLayerNormalization."""
+    """The generation builder's form: GroupQueryAttention that rotates, SkipSimplifiedLayerNormalization."""
     return _llama(rotary_inside=True)
 
 

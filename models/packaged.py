@@ -63,7 +63,7 @@ def exported(
 
 
 def hf_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of ``minilm`` or ``smollm2`` as transformers saves it: config.json, fp32 safetensors, tokenizer."""
+    """The transformers folder of ``minilm`` or ``smollm2``: config.json, fp32 safetensors, tokenizer.json."""
     if name not in PACKAGES:
         raise unknown_name("packaged model", name, PACKAGES)
     package = _package_folder(name)

@@ -32,8 +32,8 @@ def capture_hf_folder(
     """Write ``workdir/model.onnx`` for the model in ``folder`` and return its path.
 
     The class is the one that config.json names under ``architectures``; weights are loaded as float32. Batch
-    and sequence are dynamic; the decoder's key/value cache is left out. attention is "sdpa" or "eager"; models
-    that have no sdpa form (BLOOM) fall back to eager. ``.bin`` weights are pickles, which can run code when
+    and sequence are dynamic; the key/value cache is left out. attention is "sdpa" or "eager"; a model that
+    has no sdpa form (BLOOM) falls back to eager. ``.bin`` weights are pickles, which can run code when
     loaded: they are refused unless ``allow_pickle``. Raises UserError.
     """
     folder = Path(folder)
@@ -50,10 +50,20 @@ def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa
     cls = _model_class(transformers, config, folder)
     with quiet_transformers():
         try:
-            module = _from_pretrained(cls, folder, attention)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise UserError(f"transformers could not load the model: {error}", where=str(folder)) from error
-    return prepare(module)
+            module, loading = _from_pretrained(cls, folder, attention)
+        except Exception as error:  # whatever the model's code and the weights' reader raise
+            raise UserError(
+                f"transformers could not load the model: {type(error).__name__}: {error}", where=str(folder)
+            ) from error
+    module = prepare(module)
+    absent = sorted(set(loading["missing_keys"]) & set(module.state_dict()))
+    if absent:  # transformers only warns, and gives them random values
+        raise UserError(
+            f"{len(absent)} weights of {cls.__name__} are not in the files: {', '.join(absent[:3])}...",
+            where=str(folder),
+            hint="the class is chosen by 'architectures' in config.json",
+        )
+    return module
 
 
 def prepare(module: Any) -> torch.nn.Module:
@@ -165,13 +175,20 @@ def _model_class(transformers: Any, config: dict[str, Any], folder: Path) -> Any
     return transformers.AutoModel
 
 
-def _from_pretrained(cls: Any, folder: Path, attention: str) -> Any:
+def _from_pretrained(cls: Any, folder: Path, attention: str) -> tuple[Any, dict[str, Any]]:
+    """The module, and what transformers says about its loading."""
     import torch
 
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "attn_implementation": attention,
+    }
     try:
-        return cls.from_pretrained(folder, attn_implementation=attention, **options)
+        loaded: tuple[Any, dict[str, Any]] = cls.from_pretrained(folder, **options)
     except ValueError as error:
         if attention == "eager" or "attention" not in str(error).lower():
             raise
-        return cls.from_pretrained(folder, attn_implementation="eager", **options)
+        loaded = cls.from_pretrained(folder, **options | {"attn_implementation": "eager"})
+    return loaded

@@ -175,7 +175,34 @@ def _export(
     assert program is not None
     if output_names is not None:
         _keep_outputs(program.model, len(output_names))
+    if opset == 23:
+        _spread_rotary_tables(program.model)
     return program.model
+
+
+def _spread_rotary_tables(model: ir.Model) -> None:
+    """Repeat cos and sin over the batch before each RotaryEmbedding.
+
+    Torch's exporter writes them as (1, sequence, dim) at opset 23; the operator wants (batch, sequence, dim),
+    and ONNX Runtime 1.31 refuses any batch but 1.
+    """
+    import onnx_ir.tape
+
+    for node in list(model.graph):
+        has_positions = len(node.inputs) > 3 and node.inputs[3] is not None
+        if (node.domain, node.op_type) != ("", "RotaryEmbedding") or has_positions:
+            continue
+        tape = onnx_ir.tape.Tape()
+        batch = tape.op("Shape", [node.inputs[0]], {"start": 0, "end": 1})
+        ones = tape.op("Constant", [], {"value_ints": [1, 1]})
+        shape = tape.op("Concat", [batch, ones], {"axis": 0})
+        for index in (1, 2):
+            node.replace_input_with(index, tape.op("Expand", [node.inputs[index], shape]))
+        for position, added in enumerate(tape.nodes):
+            added.name = f"{node.name}/spread_{position}"
+            added.outputs[0].name = f"{node.name}/spread_{position}_output"
+            added.metadata_props.update(node.metadata_props)
+        model.graph.insert_before(node, tape.nodes)
 
 
 def _keep_outputs(model: ir.Model, count: int) -> None:
