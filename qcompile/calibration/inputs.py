@@ -58,7 +58,7 @@ def position_limit(model: ir.Model) -> int:
         if table is None or table.const_value is None or len(table.const_value.shape) != 2:
             continue
         name = original_name(table).lower()
-        if "position" in name or "wpe" in name.split("."):
+        if ("position" in name and "relative" not in name) or "wpe" in name.split("."):
             rows = int(table.const_value.shape.numpy()[0])
             limit = min(limit, rows - 2 if rows % 8 == 2 else rows)
     return limit

@@ -78,7 +78,12 @@ class SampleSet:
         self._sequence_inputs = _sequence_inputs(inputs, self._mask_input)
         self._length = sum(1 for _ in self)  # reads and checks everything once
         if self._length == 0:
-            raise UserError(f"no calibration sample for a batch of {self._batch}", hint="give more data")
+            wanted = (
+                f"the model takes {self._batch} at a time"
+                if self._has_static_batch()
+                else "at least one is needed"
+            )
+            raise UserError(f"the calibration data holds no complete sample; {wanted}")
 
     def __len__(self) -> int:
         return self._length

@@ -1,0 +1,374 @@
+"""Calibration samples: what is read, what is made, what is refused and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.calibration.samples import BUILT_IN_TEXT, Sample, SampleSet, load_samples
+from qcompile.errors import UserError
+
+VOCABULARY = 50
+INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
+IDS = ("input_ids", INT, ["batch", "sequence"])
+MASK = ("attention_mask", INT, ["batch", "sequence"])
+Port = tuple[str, ir.DataType, list[Any]]
+
+
+def model(*ports: Port, positions: int = 0, output: str = "last_hidden_state", width: int = 8) -> ir.Model:
+    """A graph with these inputs; input_ids index a table of VOCABULARY rows, positions a learned table."""
+    inputs = {name: ir.val(name, dtype, shape) for name, dtype, shape in ports}
+    nodes, weights = [], []
+    for name, rows, index in (
+        ("wte.weight", VOCABULARY, inputs.get("input_ids")),
+        ("embeddings.position_embeddings.weight", positions, ir.val("p")),
+    ):
+        if rows and index is not None:
+            table = ir.val(name, const_value=ir.tensor(np.zeros((rows, width), np.float32), name=name))
+            weights.append(table)
+            nodes.append(ir.node("Gather", [table, index]))
+    result = ir.val(output, FLOAT, ["batch", "sequence", width])
+    nodes.append(ir.node("Identity", [next(iter(inputs.values()))], outputs=[result]))
+    graph = ir.Graph(
+        list(inputs.values()), [result], nodes=nodes, initializers=weights, opset_imports={"": 21}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def tokenizer(folder: Path, framed: bool = False) -> Path:
+    """A tokenizer of single letters (a = 4, b = 5, ...); ``framed`` adds [CLS] = 2 and [SEP] = 3."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if framed:
+        made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        made.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def refusal(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_samples(*arguments, **options)
+    return str(caught.value)
+
+
+def shapes(samples: SampleSet, name: str = "input_ids") -> list[tuple[int, ...]]:
+    return [sample.feeds[name].shape for sample in samples]
+
+
+# --------------------------------------------------------------------------- .npz
+
+
+def test_npz_rows_become_samples_in_the_models_types(tmp_path: Path) -> None:
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+    samples = load_samples(model(IDS, MASK), npz(tmp_path / "c.npz", input_ids=ids), None)
+    assert len(samples) == 3 and shapes(samples) == [(1, 4)] * 3
+    last = list(samples)[-1]
+    assert last.feeds["input_ids"].dtype == np.int64 and last.feeds["input_ids"].tolist() == [[8, 9, 10, 11]]
+    assert last.feeds["attention_mask"].tolist() == [[1, 1, 1, 1]]
+    assert samples.warnings_ == []
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4), (2, 3, 4)])
+def test_already_batched_arrays_are_split(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.ones(shape, np.int64))
+    assert shapes(load_samples(model(IDS), path, None)) == [(1, 4)] * 6
+
+
+def test_one_sample_without_batch_axis(tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.ones(7, np.int64))
+    assert shapes(load_samples(model(IDS), path, None)) == [(1, 7)]
+
+
+def test_a_folder_is_read_in_the_order_of_names_again_and_again(tmp_path: Path) -> None:
+    for index, length in enumerate((5, 3, 4)):
+        npz(tmp_path / f"{index}.npz", input_ids=np.ones((2, length), np.int64))
+    samples = load_samples(model(IDS), tmp_path, None, max_samples=5)
+    expected = [(1, 5), (1, 5), (1, 3), (1, 3), (1, 4)]
+    assert shapes(samples) == expected and shapes(samples) == expected and len(samples) == 5
+
+
+def test_rows_of_different_length_share_a_batch_with_a_mask(tmp_path: Path) -> None:
+    for index, length in enumerate((5, 3)):
+        npz(tmp_path / f"{index}.npz", input_ids=np.full((1, length), 9))
+    (sample,) = load_samples(model(IDS, MASK), tmp_path, None, batch=2)
+    assert sample.mask is not None
+    assert sample.mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert shapes(load_samples(model(IDS), tmp_path, None, batch=2)) == [(1, 5), (1, 3)]
+
+
+def test_a_static_batch_is_filled(tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((5, 4), np.int64))
+    static = model(("input_ids", INT, [2, 4]))
+    assert shapes(load_samples(static, path, None)) == [(2, 4), (2, 4)]
+    assert "the model takes 8 at a time" in refusal(model(("input_ids", INT, [8, 4])), path, None)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"input_id": np.ones((1, 4), int)}, "unknown calibration key 'input_id'"),
+        ({"input_id": np.ones((1, 4), int)}, "hint: did you mean input_ids?"),
+        (
+            {"input_ids": np.ones((1, 4))},
+            "'input_ids' is float64 [1, 4], but the model takes int64 [batch, sequence]",
+        ),
+        (
+            {"input_ids": np.ones((1, 1, 1, 4), int)},
+            "'input_ids' is int64 [1, 1, 1, 4], but the model takes int64",
+        ),
+        (
+            {"input_ids": np.full((1, 4), 50)},
+            "'input_ids' holds the id 50, but the model's table has 50 rows",
+        ),
+        ({"attention_mask": np.ones((1, 4), int)}, "input 'input_ids' (int64 [batch, sequence]) is missing"),
+        (
+            {"input_ids": np.ones((2, 4), int), "attention_mask": np.ones((1, 4), int)},
+            "different numbers of samples: input_ids 2, attention_mask 1",
+        ),
+        (
+            {"input_ids": np.ones((1, 4), int), "attention_mask": np.ones((1, 3), int)},
+            "axis 1 of 'attention_mask' has length 3, but 'sequence' of 'input_ids' has 4",
+        ),
+        ({"input_ids": np.ones((0, 4), int)}, "the calibration data holds no complete sample"),
+    ],
+)
+def test_npz_that_does_not_fit(arrays: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
+    assert words in refusal(model(IDS, MASK), npz(tmp_path / "c.npz", **arrays), None)
+
+
+def test_a_wrong_image_size_and_nan(tmp_path: Path) -> None:
+    vision = model(("pixel_values", FLOAT, ["batch", 3, 8, 8]))
+    images = np.zeros((2, 3, 8, 9))
+    path = npz(tmp_path / "c.npz", pixel_values=images)
+    expected = "'pixel_values' is float64 [2, 3, 8, 9], but the model takes float32 [batch, 3, 8, 8]"
+    assert expected in refusal(vision, path, None)
+    images[1, 0, 0, 0] = np.nan
+    path = npz(tmp_path / "c.npz", pixel_values=images[..., :8])
+    assert "'pixel_values' holds nan in sample 1" in refusal(vision, path, None)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "c.npz").write_bytes(b"nothing")
+    assert "not a readable .npz" in refusal(model(IDS), tmp_path / "c.npz", None)
+    np.savez(tmp_path / "c.npz", input_ids=np.array([{}], dtype=object))
+    assert "not a readable .npz" in refusal(model(IDS), tmp_path / "c.npz", None)
+    assert "no such calibration file" in refusal(model(IDS), tmp_path / "d.npz", None)
+    (tmp_path / "c.csv").touch()
+    assert "cannot read calibration data of type '.csv'" in refusal(model(IDS), tmp_path / "c.csv", None)
+    (tmp_path / "empty").mkdir()
+    assert "no .npz file in" in refusal(model(IDS), tmp_path / "empty", None)
+
+
+# --------------------------------------------------------------------------- text
+
+
+def text(folder: Path, content: str, suffix: str = ".txt") -> Path:
+    path = folder / f"calib{suffix}"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_encoders_take_one_line_a_sample(tmp_path: Path) -> None:
+    path = text(tmp_path, "= a heading =\n\nabcdefghij\nklmnopqrstuvw\nshort\n")
+    samples = load_samples(model(IDS, MASK), path, tokenizer(tmp_path, framed=True), max_length=12)
+    assert shapes(samples) == [(1, 12), (1, 12)]
+    ids = [sample.feeds["input_ids"][0].tolist() for sample in samples]
+    assert ids[0] == [2, *range(4, 14), 3]
+    assert ids[1][0] == 2 and ids[1][-1] == 3
+
+
+def test_language_models_take_windows(tmp_path: Path) -> None:
+    path = text(tmp_path, "abcdefgh\nijklmnop\n")
+    samples = load_samples(
+        model(IDS, output="logits", width=VOCABULARY), path, tokenizer(tmp_path), max_length=5
+    )
+    flat = np.concatenate([sample.feeds["input_ids"][0] for sample in samples])
+    assert shapes(samples) == [(1, 5)] * 3
+    assert flat.tolist() == [*range(4, 12), 1, *range(12, 18)]  # 1: the line's end is no word here
+
+
+@pytest.mark.parametrize(("windows", "count"), [(True, 4), (False, 2), (None, 2)])
+def test_windows_can_be_asked_for(windows: bool | None, count: int, tmp_path: Path) -> None:
+    path = text(tmp_path, "abcdefgh\nijklmnop\n")
+    samples = load_samples(model(IDS), path, tokenizer(tmp_path), max_length=4, windows=windows)
+    assert len(samples) == count
+
+
+def test_unk_is_spelled_out(tmp_path: Path) -> None:
+    path = text(tmp_path, "<unk><unk><unk>\n")
+    (sample,) = load_samples(model(IDS), path, tokenizer(tmp_path))
+    assert sample.feeds["input_ids"][0].tolist() == [24, 17, 14] * 3
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = text(tmp_path, json.dumps({"text": "abcdefghi", "id": 1}) + "\n\n", ".jsonl")
+    (sample,) = load_samples(model(IDS), path, tokenizer(tmp_path))
+    assert sample.feeds["input_ids"].shape == (1, 9)
+    path.write_text('{"text": "abcdefghi"}\n{"body": "x"}\n')
+    words = refusal(model(IDS), path, tmp_path)
+    assert "the record has no text" in words and "calib.jsonl:2" in words and "found: body" in words
+    path.write_text("{oops\n")
+    assert "not JSON" in refusal(model(IDS), path, tmp_path)
+
+
+def test_text_needs_a_tokenizer_that_is_there_and_fits(tmp_path: Path) -> None:
+    path = text(tmp_path, "abcdefghi\n")
+    assert "pass --tokenizer FOLDER" in refusal(model(IDS), path, None)
+    assert "no tokenizer.json at" in refusal(model(IDS), path, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "not a tokenizer.json" in refusal(model(IDS), path, tmp_path)
+    tokenizer(tmp_path)
+    vision = model(("pixel_values", FLOAT, ["batch", 3, 8, 8]))
+    assert "the model takes no token ids" in refusal(vision, path, tmp_path)
+    assert "no usable line" in refusal(model(IDS), text(tmp_path, "\n"), tmp_path)
+    path.write_bytes(b"\xff\xfe\xff")
+    assert "not UTF-8" in refusal(model(IDS), path, tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "longest"), [(16, 16), (18, 16), (24, 24)])
+def test_the_position_table_limits_the_length(rows: int, longest: int, tmp_path: Path) -> None:
+    path = text(tmp_path, "abcdefghij" * 5 + "\n")
+    samples = load_samples(model(IDS, positions=rows), path, tokenizer(tmp_path))
+    assert shapes(samples) == [(1, longest)]
+
+
+def test_a_static_sequence_is_padded_and_masked(tmp_path: Path) -> None:
+    static = model(("input_ids", INT, ["batch", 12]), ("attention_mask", INT, ["batch", 12]))
+    (sample,) = load_samples(static, text(tmp_path, "abcdefghi\n"), tokenizer(tmp_path))
+    assert sample.feeds["attention_mask"].tolist() == [[1] * 9 + [0] * 3]
+    assert sample.feeds["input_ids"].tolist() == [[*range(4, 13), 0, 0, 0]]
+    assert sample.trimmed() is sample
+
+
+# --------------------------------------------------------------------------- nothing given
+
+
+def test_the_built_in_text_is_varied_and_warned_about(tmp_path: Path) -> None:
+    lines = BUILT_IN_TEXT.read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 120 and len(set(lines)) == len(lines)
+    samples = load_samples(model(IDS, MASK), None, tokenizer(tmp_path, framed=True))
+    assert len(samples) == 128
+    assert "small built-in text" in samples.warnings_[0]
+
+
+def test_random_data_fits_the_inputs_and_is_the_same_every_time() -> None:
+    ports = (("pixel_values", FLOAT, ["batch", 3, 8, 8]), ("flags", BOOL, ["batch"]))
+    first, second = (list(load_samples(model(*ports), None, None, batch=2)) for _ in range(2))
+    assert first[0].feeds["pixel_values"].shape == (2, 3, 8, 8) and first[0].mask is None
+    np.testing.assert_array_equal(first[3].feeds["pixel_values"], second[3].feeds["pixel_values"])
+
+
+def test_random_token_ids_stay_in_the_vocabulary() -> None:
+    samples = load_samples(model(IDS, MASK), None, None)
+    ids = np.concatenate([sample.feeds["input_ids"] for sample in samples])
+    assert ids.min() >= 0 and ids.max() < VOCABULARY and len(np.unique(ids)) > 10
+    assert "random token ids" in samples.warnings_[0]
+
+
+# --------------------------------------------------------------------------- inputs that are made
+
+
+def made(tmp_path: Path, *ports: Port, **arrays: Any) -> dict[str, np.ndarray]:
+    arrays.setdefault("input_ids", np.array([[7, 8, 9]]))
+    (sample,) = load_samples(model(IDS, *ports), npz(tmp_path / "c.npz", **arrays), None)
+    return dict(sample.feeds)
+
+
+def test_position_and_type_ids(tmp_path: Path) -> None:
+    axes = ["batch", "sequence"]
+    ports = (
+        ("position_ids", INT, axes),
+        MASK,
+        ("token_type_ids", INT, axes),
+        ("cache_position", INT, ["sequence"]),
+    )
+    feeds = made(tmp_path, *ports, attention_mask=np.array([[0, 1, 1]]))
+    assert list(feeds) == ["input_ids", "position_ids", "attention_mask", "token_type_ids", "cache_position"]
+    assert feeds["position_ids"].tolist() == [[0, 0, 1]]
+    assert feeds["token_type_ids"].tolist() == [[0, 0, 0]]
+    assert feeds["cache_position"].tolist() == [0, 1, 2]
+
+
+def test_the_decoder_starts_with_the_shifted_input(tmp_path: Path) -> None:
+    axes = ["batch", "decoder_sequence"]
+    feeds = made(tmp_path, ("decoder_input_ids", INT, axes), ("decoder_attention_mask", INT, axes), MASK)
+    assert feeds["decoder_input_ids"].tolist() == [[0, 7, 8]]
+    assert feeds["decoder_attention_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_the_cache_is_empty(tmp_path: Path) -> None:
+    cache = ("past_key_values.0.key", FLOAT, ["batch", 2, "past_sequence", 4])
+    feeds = made(tmp_path, cache, ("use_cache_branch", BOOL, [1]))
+    assert feeds["past_key_values.0.key"].shape == (1, 2, 0, 4)
+    assert feeds["use_cache_branch"].tolist() == [False]
+
+
+def test_what_cannot_be_made_is_asked_for(tmp_path: Path) -> None:
+    port = ("speaker_embedding", FLOAT, ["batch", 512])
+    path = npz(tmp_path / "c.npz", input_ids=np.array([[7, 8, 9]]))
+    words = refusal(model(IDS, port), path, None)
+    assert "input 'speaker_embedding' (float32 [batch, 512]) is missing" in words
+
+
+# --------------------------------------------------------------------------- trimming
+
+
+def sample_of(mask: list[list[int]], *sequence_inputs: str) -> Sample:
+    ids = np.arange(len(mask[0]))[None].repeat(len(mask), 0)
+    feeds = {name: ids for name in sequence_inputs} | {"other": ids}
+    return Sample(feeds, np.array(mask, bool), sequence_inputs)
+
+
+def test_padding_on_the_right_goes() -> None:
+    trimmed = sample_of([[1, 1, 0, 0], [1, 0, 1, 0]], "input_ids").trimmed()
+    assert trimmed.feeds["input_ids"].tolist() == [[0, 1, 2]] * 2
+    assert trimmed.feeds["other"].shape == (2, 4)
+    assert trimmed.mask is not None and trimmed.mask.shape == (2, 3)
+
+
+def test_padding_on_the_left_goes_only_with_position_ids() -> None:
+    mask = [[0, 1, 1, 0], [0, 0, 1, 0]]
+    assert sample_of(mask, "input_ids").trimmed().feeds["input_ids"].tolist() == [[0, 1, 2]] * 2
+    trimmed = sample_of(mask, "input_ids", "position_ids").trimmed()
+    assert trimmed.feeds["input_ids"].tolist() == [[1, 2]] * 2
+
+
+def test_no_trimming_where_the_axis_appears_elsewhere(tmp_path: Path) -> None:
+    pairs = ("pair_bias", FLOAT, ["batch", "sequence", "sequence"])
+    arrays = {"input_ids": np.ones((1, 3), int), "attention_mask": np.array([[1, 1, 0]])}
+    path = npz(tmp_path / "c.npz", **arrays, pair_bias=np.zeros((1, 3, 3)))
+    (sample,) = load_samples(model(IDS, MASK, pairs), path, None)
+    assert sample.trimmed() is sample
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1)
+    )
+)
+def test_trimming_keeps_every_real_token_and_is_stable(mask: list[list[int]]) -> None:
+    sample = sample_of(mask, "input_ids", "position_ids")
+    trimmed = sample.trimmed()
+    assert trimmed.mask is not None and sample.mask is not None
+    assert trimmed.mask.sum() == sample.mask.sum()
+    assert (
+        trimmed.feeds["input_ids"][trimmed.mask].tolist() == sample.feeds["input_ids"][sample.mask].tolist()
+    )
+    again = trimmed.trimmed()
+    assert again.mask is not None and again.mask.tolist() == trimmed.mask.tolist()
