@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from onnx_ir.passes import common as onnx_passes
 
 from qcompile.capture.tensors import check_tensors, check_weights, inline_small
 from qcompile.capture.tidy import FoldSmallConstants, RemoveDropout
+from qcompile.capture.widen import widen
 from qcompile.errors import UserError
 from qcompile.graph.convert import check_opset, to_canonical_opset
 from qcompile.graph.provenance import original_name, remember
@@ -35,9 +37,10 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     """The model in ``path`` at opset 21 (or its own, when newer), with its weights in ``workspace``.
 
     External data is mapped and moved one tensor at a time. Functions are inlined, Constant nodes become
-    initializers, shape arithmetic is folded, Identity and Dropout go. The names, types and dynamic axes of
-    inputs and outputs stay. Raises UserError for a file that is missing, broken or of an unsupported opset;
-    for external data that leaves the model's folder, is missing or does not fit; for weights not finite.
+    initializers, shape arithmetic is folded, Identity and Dropout go, half precision becomes float32 inside.
+    The names, types and dynamic axes of inputs and outputs stay. Raises UserError for a file that is missing,
+    broken or of an unsupported opset; for external data that leaves the model's folder, is missing or does
+    not fit; for weights that are not finite.
     """
     path = Path(path)
     model = _read(path)
@@ -48,6 +51,7 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     remember(model)
     with _where(path), _quiet():
         _normalise(model)
+        widen(model, workspace)
         to_canonical_opset(model)
         _simplify(model)
     remember(model)
@@ -124,7 +128,7 @@ def _interface(model: ir.Model) -> tuple[list[Port], list[Port]]:
 
 
 def _port(value: ir.Value) -> Port:
-    return Port(value.name or "", value.type, None if value.shape is None else value.shape.copy())
+    return Port(value.name or "", copy.copy(value.type), None if value.shape is None else value.shape.copy())
 
 
 def _normalise(model: ir.Model) -> None:

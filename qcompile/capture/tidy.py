@@ -16,7 +16,7 @@ class RemoveDropout(ir.passes.InPlacePass):
         for node in list(model.graph.all_nodes()):
             mask_is_used = len(node.outputs) > 1 and any(True for _ in node.outputs[1].uses())
             if node.domain == "" and node.op_type == "Dropout" and not mask_is_used:
-                _to_identity(node)
+                to_identity(node)
                 removed += 1
         return ir.passes.PassResult(model, bool(removed))
 
@@ -63,7 +63,8 @@ def _elements(shape: ir.Shape) -> int:
     return count
 
 
-def _to_identity(node: ir.Node) -> None:
+def to_identity(node: ir.Node) -> None:
+    """Replace ``node`` by Identity of its first input, which IdentityEliminationPass removes."""
     graph = node.graph
     assert graph is not None
     identity = ir.node("Identity", [node.inputs[0]], name=node.name)

@@ -340,3 +340,36 @@ def test_a_mask_of_minus_infinity_is_fine(workspace: Workspace, tmp_path: Path) 
     )
     path = saved(model, tmp_path)
     assert_same_function(path, load_onnx(path, workspace), workspace)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_half_precision_becomes_float32_inside_only(kind: int, workspace: Workspace, tmp_path: Path) -> None:
+    name = TensorProto.DataType.Name(kind)
+    text = f"""<ir_version: 8, opset_import: ["": 18]>
+    main ({name.lower()}[batch, 3, 40] x) => ({name.lower()}[batch, 3, 32] y) {{
+        h = MatMul(x, w)
+        f = Cast <to = 1> (h)
+        g = Add(f, f)
+        y = Cast <to = {kind}> (g)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    half = ir.tensor(WEIGHT).numpy().astype(ir.DataType(kind).numpy())
+    model.graph.initializer.append(ir.to_proto(ir.tensor(half, dtype=ir.DataType(kind), name="w")))
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    assert loaded.graph.initializers["w"].dtype == ir.DataType.FLOAT
+    assert {v.dtype.name for v in (*loaded.graph.inputs, *loaded.graph.outputs) if v.dtype} == {name}
+    assert operators(loaded) == ["Cast", "MatMul", "Add", "Cast"]
+    if kind == TensorProto.FLOAT16:
+        assert_runs_in_half(workspace.save(loaded, "loaded"), half)
+
+
+def assert_runs_in_half(path: Path, weight: np.ndarray) -> None:
+    import onnxruntime
+
+    x = FEEDS["x"].astype(np.float16)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": x})
+    assert result.dtype == np.float16
+    np.testing.assert_allclose(
+        result, 2 * (x.astype(np.float32) @ weight.astype(np.float32)), rtol=2e-3, atol=2e-2
+    )
