@@ -16,8 +16,8 @@ _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precis
 def widen(model: ir.Model, workspace: Workspace) -> bool:
     """Make every half-precision tensor of ``model`` float32; True when there was one.
 
-    """Make every half-precision tensor of ``model`` float32; True when there was one.
-              inputs are cast on entry and outputs on exit, so the interface keeps its types
+    rewrite:  weights and constants are converted one at a time; Cast and the like aim at float32;
+              half-precision inputs are cast on entry and outputs on exit: the interface stays
     needs:    functions inlined and constants lifted to initializers
     """
     initializers = list(model.graph.initializers.values())
