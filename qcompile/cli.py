@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -19,7 +20,7 @@ from qcompile.commands.compile import compile_command
 from qcompile.commands.explain import explain
 from qcompile.commands.tables import passes, recipes, targets
 from qcompile.commands.verify import verify
-from qcompile.errors import QCompileError
+from qcompile.errors import QCompileError, unknown_name
 
 INTERRUPTED = 130
 BUG = 3
@@ -73,7 +74,12 @@ def _routed(arguments: list[str]) -> list[str]:
     """Put ``compile`` in front unless a verb is named or the general help is asked for."""
     if not arguments or arguments[0] in ("--help", "--version"):
         return arguments or ["--help"]
-    return arguments if arguments[0] in surface.commands else ["compile", *arguments]
+    first = arguments[0]
+    if first in surface.commands:
+        return arguments
+    if first.isalpha() and not Path(first).exists():
+        raise unknown_name("verb", first, surface.commands)
+    return ["compile", *arguments]
 
 
 def _reported(error: BaseException) -> int:

@@ -14,6 +14,7 @@ from qcompile.reporting.markup import (
     figure,
     marked,
     page,
+    pairs,
     paragraph,
     section,
     table,
@@ -89,7 +90,7 @@ def _summary(record: Record) -> Raw:
     kernels = record["kernels"]
     low = sum(1 for k in kernels if k["low_bit"])
     facts: list[tuple[Any, str]] = [
-        (f"{before / after:.2f}x smaller", f"{megabytes(before)} to {megabytes(after)}"),
+        (f"{before / max(after, 1):.2f}x", f"smaller: {megabytes(before)} to {megabytes(after)}"),
         (f"{low} of {len(kernels)}", "matmuls run on integers"),
         (decibels(record["end_to_end"]["sqnr_db"]), "end-to-end SQNR against the float model"),
         (sum(len(p["skips"]) for p in record["passes"]), "places left alone, each with a reason"),
@@ -106,7 +107,7 @@ def _passes(entries: Sequence[Record]) -> Raw:
         (i, code(e["spec"]), e["preserves"], e["rewrites"], proof_words(e["proof"]), len(e["skips"]))
         for i, e in enumerate(entries, 1)
     ]
-    heads = ("", "pass", "claims to keep", "rewrites", "measured", "left alone")
+    heads = ("#", "pass", "claims to keep", "rewrites", "measured", "left alone")
     return section(
         "What every pass did",
         paragraph(
@@ -124,7 +125,8 @@ def _sites(entry: Record) -> Raw:
     heads = site_columns(entry["sites"])
     rows = [[site.get(h) for h in heads] for site in entry["sites"]]
     inner = Raw("".join([*notes, *facts, table(heads, rows) if rows else ""]))
-    return details(f"{entry['name']}: {len(entry['sites'])} sites", inner)
+    count = f": {len(entry['sites'])} sites" if rows else ""
+    return details(f"{entry['name']}{count}", inner)
 
 
 def site_columns(sites: Sequence[Record]) -> list[str]:
@@ -176,7 +178,7 @@ def _ranges(ranges: Mapping[str, Record]) -> Raw:
     chosen = sorted(ranges, key=lambda s: (-_reach(ranges[s]["before"]), s))[:MOST_RANGES]
     drawn = [figure(plots.channel_ranges(ranges[s]["before"], ranges[s]["after"]), s) for s in chosen]
     words = f"The {len(chosen)} widest of {len(ranges)} sites." if len(chosen) < len(ranges) else ""
-    return section("Channel ranges before and after", *([paragraph(words)] if words else []), *drawn)
+    return section("Channel ranges before and after", *([paragraph(words)] if words else []), pairs(drawn))
 
 
 def _reach(pair: Sequence[Sequence[float | None]]) -> float:

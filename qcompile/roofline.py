@@ -74,6 +74,7 @@ def _profiled(model: Path, feeds: Arrays) -> list[tuple[str, list[list[int]], li
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape
     options.enable_profiling = True
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")

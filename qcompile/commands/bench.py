@@ -65,8 +65,9 @@ def bench(model: Path, against: Path, batch: int, seq: int, threads: int, rounds
         runs.append(functools.partial(run_session, session, None, given))
     before, after = in_turns(runs, rounds)
     work = roofline.work(original, feeds)
-    rows = [_row(str(original), before, before), _row(str(mine), after, before)]
-    click.echo(f"{batch} x {seq}, {threads} threads, {rounds} rounds in turns")
+    rows = [_row("original", before, before), _row("compiled", after, before)]
+    click.echo(f"{mine} against {original}")
+    click.echo(f"batch {batch}, {seq} tokens, {threads} threads, {rounds} rounds in turns")
     if work.linear:
         rows += _bounds(work, roofline.rates(work.shape, threads), min(before))
     click.echo(columns(rows, ("", "min ms", "median ms", "ratio of minima", "ratio of medians")))
@@ -93,9 +94,18 @@ def random_feeds(model: Path, batch: int, length: int) -> Arrays:
         inputs = model_inputs(ir.load(model))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read '{model}': {error}", hint="is it an ONNX file?") from error
-    rows = random_rows(inputs, length, batch)
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return complete(stacked, inputs)
+    generator = np.random.default_rng(0)
+    by_name = {item.name: item for item in inputs}
+    drawn = {}
+    for name in random_rows(inputs, length, 1)[0]:  # what cannot be made from the others
+        item = by_name[name]
+        sides = [side if isinstance(side, int) else length for side in item.shape[1:]]
+        shape = [item.shape[0] if isinstance(item.shape[0], int) else batch, *sides]
+        if item.is_discrete:
+            drawn[name] = generator.integers(0, item.vocabulary or 2, shape).astype(item.dtype)
+        else:
+            drawn[name] = generator.standard_normal(shape).astype(item.dtype)
+    return complete(drawn, inputs)
 
 
 def in_turns(runs: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
@@ -127,7 +137,7 @@ def _bounds(work: Any, rates: Any, base: float) -> list[Row]:
     gemm = {"float32": rates.fp32, "int8": rates.u8s8}
     return [
         (
-            f"lower bound, {kind} linears at {gemm[kind] / 1e9:.0f} GOP/s",
+            f"bound, {kind} linears at {gemm[kind] / 1e9:.0f} GOP/s",
             1e3 * s,
             None,
             base / (1e3 * s),

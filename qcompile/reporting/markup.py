@@ -7,25 +7,32 @@ from collections.abc import Sequence
 from typing import Any
 
 STYLE = """
-:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --paper: #ffffff; --tint: #f4f7fa; --accent: #1f6feb;
+:root { --ink: #1d2733; --soft: #5d6b7a; --line: #dde3ea; --paper: #ffffff; --tint: #f4f7fa; --accent:
+  #1f6feb;
   --good: #1a7f37; --bad: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa7b4; --line: #2d3743; --paper: #12171d;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa7b4; --line: #2d3743; --paper:
+  #12171d;
   --tint: #1a2129; --accent: #6ea8ff; --good: #57c26f; --bad: #ff7b72; } figure { background: #ffffff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1040px; margin: 0 auto; padding: 32px 24px 80px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 44px 0 8px; } h3 { font-size: 15px; }
-p.lead, .soft { color: var(--soft); } code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 20px 0; }
+p.lead, .soft { color: var(--soft); } code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas,
+  monospace; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin:
+  20px 0; }
 .tile { background: var(--tint); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.tile b { display: block; font-size: 21px; font-weight: 600; } .tile span { color: var(--soft); font-size: 13px; }
+.tile b { display: block; font-size: 21px; font-weight: 600; } .tile > span { color: var(--soft);
+  font-size: 13px; }
+.good, b > .good { color: var(--good); } .bad, b > .bad { color: var(--bad); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align:
+  top; }
 th { color: var(--soft); font-weight: 500; } td.number, th.number { text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; } td code { overflow-wrap: anywhere; }
-.good { color: var(--good); } .bad { color: var(--bad); }
 details { margin: 8px 0; } summary { cursor: pointer; color: var(--accent); }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 0 14px; }
 figure { margin: 14px 0; padding: 8px; border: 1px solid var(--line); border-radius: 8px; }
 figure svg { width: 100%; height: auto; display: block; } figcaption { color: #5d6b7a; font-size: 13px; }
 """
@@ -92,6 +99,11 @@ def paragraph(words: Any) -> Raw:
 
 def figure(svg: str, caption: str) -> Raw:
     return Raw(f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>\n")
+
+
+def pairs(figures: Sequence[Raw]) -> Raw:
+    """Figures side by side where there is room."""
+    return Raw(f'<div class="pairs">{"".join(figures)}</div>\n')
 
 
 def page(title: str, *inner: Raw) -> str:

@@ -42,6 +42,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]]) -> str:
 
     with matplotlib.rc_context(_STYLE):
         canvas = _figure(9.0, 2.8)
+        canvas.subplots_adjust(left=0.06, right=0.99, top=0.95, bottom=0.18)
         axes = canvas.add_subplot()
         heights = [x["sqnr_db"] if x["sqnr_db"] is not None else math.nan for x in layers]
         lowest = set(sorted(range(len(layers)), key=lambda i: _low(heights[i]))[:5])
@@ -63,7 +64,8 @@ def channel_ranges(before: Sequence[Any], after: Sequence[Any]) -> str:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        canvas = _figure(9.0, 2.2)
+        canvas = _figure(7.0, 2.2)
+        canvas.subplots_adjust(left=0.07, right=0.99, top=0.86, bottom=0.22, wspace=0.16)
         for index, (title, pair) in enumerate((("before", before), ("after", after))):
             axes = canvas.add_subplot(1, 2, index + 1)
             low, high = _merged(np.asarray(pair, dtype=np.float64))
@@ -90,7 +92,9 @@ def search_curves(curves: Mapping[str, Mapping[str, Any]]) -> str:
     columns = 4
     rows = math.ceil(len(curves) / columns)
     with matplotlib.rc_context(_STYLE):
-        canvas = _figure(9.0, 1.5 * rows + 0.3)
+        canvas = _figure(9.0, 1.5 * rows)
+        canvas.subplots_adjust(left=0.05, right=0.99, top=1 - 0.25 / (1.5 * rows), bottom=0.25 / (1.5 * rows))
+        canvas.subplots_adjust(wspace=0.25, hspace=0.55)
         for index, (site, curve) in enumerate(curves.items()):
             axes = canvas.add_subplot(rows, columns, index + 1)
             _curve(axes, curve)
@@ -115,7 +119,7 @@ def _short(site: str, most: int = 34) -> str:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height))
 
 
 def _svg(canvas: Figure) -> str:

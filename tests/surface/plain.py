@@ -31,7 +31,7 @@ class Plain:
         ]
 
     def package(self, model: ir.Model, folder: Path) -> None:
-        ir.save(model, folder / "model.onnx")
+        ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
 
 
 def write_model(path: Path, *, scale: float = 1.0) -> Path:

@@ -1,0 +1,204 @@
+"""compile(): the expanded pipeline, what it accepts, and what it leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qcompile
+from qcompile import driver, manifest, publish, recipe
+from qcompile.errors import ContractError, GateError, UserError
+from qcompile.pipeline import IrPass
+from tests.surface.plain import Plain, feeds, write_model
+
+
+def compile_float(model: Any, **options: Any) -> qcompile.CompiledModel:
+    return qcompile.compile(
+        model, **{"recipe": "float", "target": "plain", "calibration": [feeds()], **options}
+    )
+
+
+def names(passes: Any, recipe_name: str) -> list[str]:
+    return [p.name for p in driver.expand(passes, recipe.by_name(recipe_name), Plain())]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which every temporary file of the test is made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_float_recipe_needs_no_transform_and_no_quantiser() -> None:
+    assert names(None, "float") == ["canonicalise", "lower"]
+
+
+def test_the_pipeline_adds_what_the_named_passes_need() -> None:
+    assert names("canonicalise", "float") == ["canonicalise", "lower"]
+    assert names([lambda model: None], "float") == ["canonicalise", "<lambda>", "lower"]
+
+
+def test_run_gives_the_outputs_by_name(model: Path) -> None:
+    with compile_float(model) as compiled:
+        outputs = compiled.run(feeds(batch=2, length=5))
+    assert list(outputs) == ["last_hidden_state"]
+    assert outputs["last_hidden_state"].shape == (2, 5, 16)
+    assert np.abs(outputs["last_hidden_state"]).max() > 0.1
+
+
+def test_an_ir_model_is_compiled_and_left_as_it_was(model: Path) -> None:
+    given = ir.load(model)
+    text = str(given)
+    with compile_float(given) as compiled:
+        assert compiled.manifest["source"]["kind"] == "onnx_ir"
+    assert str(given) == text
+
+
+def test_a_thing_that_is_no_model_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot compile a int"):
+        compile_float(7)
+
+
+def test_save_writes_program_manifest_and_report(model: Path, tmp_path: Path) -> None:
+    with compile_float(model) as compiled:
+        compiled.save(tmp_path / "out")
+    assert {"manifest.json", "model.onnx", "report.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_an_earlier_result_is_replaced(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_float(model, output=out).close()
+    (out / "model.onnx").write_bytes(b"old")
+    compile_float(model, output=out).close()
+    assert (out / "model.onnx").stat().st_size > 100
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny.onnx"]
+
+
+def test_a_folder_of_someone_else_is_not_touched(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_float(model, output=out).close()
+    (out / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=r"holds files that qcompile did not write: thesis\.txt"):
+        compile_float(model, output=out)
+    assert (out / "thesis.txt").read_text() == "years"
+    compile_float(model, output=out, force=True).close()
+    assert not (out / "thesis.txt").exists()
+
+
+def test_the_destination_is_checked_before_the_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="is a file"):
+        compile_float(tmp_path / "missing.onnx", output=tmp_path / "out")
+
+
+def test_a_full_disk_is_the_users_error_and_leaves_nothing(
+    model: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "model.onnx").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / "model.onnx"))
+
+    monkeypatch.setattr(publish.shutil, "copytree", fail)
+    with pytest.raises(UserError, match="no disk space left"):
+        compile_float(model, output=tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["temporary", "tiny.onnx"]
+    assert not list(temporary.glob("qcompile-*"))
+
+
+def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, temporary: Path) -> None:
+    def stop(_: ir.Model) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_float(model, passes=[stop], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(temporary.glob("qcompile-*"))
+
+
+def test_a_failed_rename_puts_the_earlier_result_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compile_float(model, output=out).close()
+    before = (out / "manifest.json").read_bytes()
+    rename = Path.rename
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        compile_float(model, output=out)
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_the_temporary_files_go_with_the_result(model: Path, temporary: Path) -> None:
+    compiled = compile_float(model)
+    assert len(list(temporary.glob("qcompile-*"))) == 1
+    compiled.close()
+    assert not list(temporary.glob("qcompile-*"))
+
+
+def test_compiling_twice_gives_identical_bytes(model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        compile_float(model, output=tmp_path / name).close()
+    for path in manifest.files_below(tmp_path / "a"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_another_folder_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(model, tmp_path / "elsewhere")
+    compile_float(model, output=tmp_path / "a").close()
+    compile_float(tmp_path / "elsewhere" / model.name, output=tmp_path / "b").close()
+    for name in ("manifest.json", "model.onnx", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_missed_gate_raises_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    def measure(loaded: ir.Model) -> None:
+        return None
+
+    step = IrPass(measure, "measure")
+    run = step.run
+
+    def with_gate(loaded: ir.Model, ctx: Any) -> int:
+        ctx.ledger.current.facts["gate"] = {"metric": "perplexity", "drop": 0.5, "max_drop": 0.1}
+        return run(loaded, ctx)
+
+    step.run = with_gate  # type: ignore[method-assign]
+    with pytest.raises(GateError, match=r"perplexity dropped by 0\.5, allowed 0\.1; nothing was written"):
+        compile_float(model, passes=[step], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_give_nan_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises((UserError, ContractError), match=r"(?i)nan|finite|inf"):
+        compile_float(write_model(tmp_path / "bad.onnx", scale=float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "text"),
+    [
+        ([], "the calibration list is empty"),
+        ([3], "calibration sample 0 is a int"),
+        ([{"input_ids": np.full((1, 4), 99)}], "99"),
+        ([{"input_ids": np.zeros((1, 4, 2), np.int64)}], "input_ids"),
+        ([{"attention_mask": np.ones((1, 4), np.int64)}], "input_ids"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_refused(model: Path, calibration: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        compile_float(model, calibration=calibration)
