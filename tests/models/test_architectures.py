@@ -14,6 +14,7 @@ from qcompile.errors import UserError
 from qcompile.models.architectures import (
     ARCHITECTURES,
     HIDDEN,
+    LAYERS,
     OUTLIER,
     OUTLIER_CHANNEL,
     build,
@@ -114,7 +115,7 @@ def test_weights_hide_nothing(name: str) -> None:
         assert float(parameter.std()) > 0.01
         if parameter.shape == (HIDDEN,):
             outliers += float(parameter[OUTLIER_CHANNEL]) == OUTLIER
-    assert outliers >= 4
+    assert outliers >= LAYERS + 1  # one norm a layer at least, and the last
 
 
 def test_unknown_architecture_suggests() -> None:
