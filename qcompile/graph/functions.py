@@ -41,6 +41,42 @@ _BODIES: dict[str, str] = {
         b = Mul (rotated, sin)
         y = Add (a, b)
     }""",
+    # rows of x (..., C) on the grid of their own min and max, `levels` = 2^bits - 1 steps; zero is exact
+    "FakeQuantizePerToken": """FakeQuantizePerToken <levels> (x) => (y) {
+        steps = Constant <value_float: float = @levels> ()
+        tiny = Constant <value_float: float = 1.1754944e-38> ()
+        zero = Constant <value_float: float = 0.0> ()
+        last = Constant <value_ints = [-1]> ()
+        top = ReduceMax <keepdims = 1> (x, last)
+        bottom = ReduceMin <keepdims = 1> (x, last)
+        hi = Max (top, zero)
+        lo = Min (bottom, zero)
+        width = Sub (hi, lo)
+        step = Div (width, steps)
+        scale = Max (step, tiny)
+        below = Div (lo, scale)
+        first = Round (below)
+        zero_point = Neg (first)
+        end = Sub (steps, zero_point)
+        ratio = Div (x, scale)
+        rounded = Round (ratio)
+        floored = Max (rounded, first)
+        code = Min (floored, end)
+        y = Mul (code, scale)
+    }""",
+    # the same on a grid symmetric about zero, `levels` = 2^(bits-1) - 1 steps to each side
+    "FakeQuantizePerTokenSymmetric": """FakeQuantizePerTokenSymmetric <levels> (x) => (y) {
+        steps = Constant <value_float: float = @levels> ()
+        tiny = Constant <value_float: float = 1.1754944e-38> ()
+        last = Constant <value_ints = [-1]> ()
+        size = Abs (x)
+        top = ReduceMax <keepdims = 1> (size, last)
+        step = Div (top, steps)
+        scale = Max (step, tiny)
+        ratio = Div (x, scale)
+        code = Round (ratio)
+        y = Mul (code, scale)
+    }""",
     # q, k, v (B, H, S or T, d), bias broadcast to (B, H, S, T); softmax over T
     "Attention": """Attention <scale> (q, k, v, bias) => (y) {
         alpha = Constant <value_float: float = @scale> ()

@@ -15,7 +15,7 @@ from qcompile.errors import UserError
 from qcompile.quant.schemes import WeightScheme
 
 SCALE_FLOOR = float(np.finfo(np.float32).tiny)
-MSE_SHRINKS = np.linspace(1.0, 0.5, 26)  # candidate clips, as a fraction of the min-max range
+MSE_SHRINKS = np.linspace(1.0, 0.4, 25)  # candidate clips, as a fraction of the min-max range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,30 +103,36 @@ class QuantizedWeight:
         return ((self.codes.astype(np.int32) - zero) * scale).astype(np.float32)
 
 
-def fake_quantize_weight(w: np.ndarray, scheme: WeightScheme) -> np.ndarray:
+def fake_quantize_weight(w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None = None) -> np.ndarray:
     """What ``quantize_weight(w, scheme).dequantized()`` gives, without making codes."""
     if scheme.group_size is not None:
-        return quantize_weight(w, scheme).dequantized()
+        return quantize_weight(w, scheme, energy).dequantized()
     lo, hi = _range(w.min(axis=0), w.max(axis=0), scheme)
-    return fake_quantize(w, _weight_affine(lo, hi, w, scheme))
+    return fake_quantize(w, _weight_affine(lo, hi, w, scheme, energy))
 
 
-def quantize_weight(w: np.ndarray, scheme: WeightScheme) -> QuantizedWeight:
-    """Quantise W [K, N] along its output columns; a last group that K does not fill is a shorter group."""
+def quantize_weight(w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None = None) -> QuantizedWeight:
+    """Quantise W [K, N] along its output columns; a last group that K does not fill is a shorter group.
+
+    ``energy`` (K,): mean square of each input channel, the weight of its row's error in the search for the
+    clip (the diagonal of the layer's Hessian); all rows count alike when it is None.
+    """
     if w.ndim != 2:
         raise UserError(f"a weight of rank {w.ndim} cannot be quantised per channel")
     k, n = w.shape
     group = scheme.group_size
     if group is None or group >= k:
         lo, hi = _range(w.min(axis=0), w.max(axis=0), scheme)
-        affine = _weight_affine(lo, hi, w, scheme)
+        affine = _weight_affine(lo, hi, w, scheme, energy)
         codes = quantize(w, affine)
         return _packed(codes, affine, None if group is None else k)
     padded = np.zeros((-(-k // group) * group, n), np.float32)
     padded[:k] = w
     blocks = padded.reshape(-1, group, n)
     lo, hi = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
-    affine = _weight_affine(lo, hi, blocks, scheme)
+    if energy is not None:
+        energy = np.pad(energy, (0, padded.shape[0] - k)).reshape(-1, group)
+    affine = _weight_affine(lo, hi, blocks, scheme, energy)
     codes = quantize(blocks, affine).reshape(-1, n)[:k]
     flat = Affine(affine.scale[:, 0], affine.zero_point[:, 0], affine.low, affine.high)
     return _packed(codes, flat, group)
@@ -138,16 +144,17 @@ def _range(lo: np.ndarray, hi: np.ndarray, scheme: WeightScheme) -> tuple[np.nda
     return lo, hi
 
 
-def _weight_affine(lo: np.ndarray, hi: np.ndarray, w: np.ndarray, scheme: WeightScheme) -> Affine:
+def _weight_affine(
+    lo: np.ndarray, hi: np.ndarray, w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None
+) -> Affine:
     best = affine_from_range(lo, hi, scheme.bits, scheme.symmetric, signed=True)
     if scheme.clip == "minmax" or scheme.granularity == "per_tensor":
         return best
-    axis = w.ndim - 2
-    error = _column_error(w, best, axis)
+    error = _column_error(w, best, energy)
     scale, zero = best.scale.copy(), best.zero_point.copy()
     for shrink in MSE_SHRINKS[1:]:
         trial = affine_from_range(lo * shrink, hi * shrink, scheme.bits, scheme.symmetric, signed=True)
-        trial_error = _column_error(w, trial, axis)
+        trial_error = _column_error(w, trial, energy)
         better = trial_error < error
         np.copyto(error, trial_error, where=better)
         np.copyto(scale, trial.scale, where=better)
@@ -155,11 +162,15 @@ def _weight_affine(lo: np.ndarray, hi: np.ndarray, w: np.ndarray, scheme: Weight
     return Affine(scale, zero, best.low, best.high)
 
 
-def _column_error(w: np.ndarray, affine: Affine, axis: int) -> np.ndarray:
+def _column_error(w: np.ndarray, affine: Affine, energy: np.ndarray | None) -> np.ndarray:
+    """Squared error of each column of w (..., K, N), rows weighted by ``energy`` (..., K); shape of the scale."""
     difference = fake_quantize(w, affine)
     difference -= w
-    error: np.ndarray = np.einsum("...kn,...kn->...n", difference, difference)
-    return error if error.ndim == affine.scale.ndim else np.expand_dims(error, axis)
+    difference *= difference
+    if energy is not None:
+        difference *= energy[..., None]
+    error: np.ndarray = difference.sum(axis=-2)
+    return error.reshape(affine.scale.shape)
 
 
 def _packed(codes: np.ndarray, affine: Affine, group: int | None) -> QuantizedWeight:

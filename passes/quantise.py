@@ -1,0 +1,89 @@
+"""Quantise: write the recipe's formats into the graph, and hold the accuracy gate.
+
+rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x))
+needs:    a recipe with rules; calibration samples where a range is static
+ensures:  codes within the bits of their scheme; constants (masks, tables of positions) are never calibrated as
+          activations; with a gate, the fewest activations in higher precision that hold it
+source:   ONNX QuantizeLinear-21; token-wise clipping of arXiv 2209.13325
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.draft import Choice, Draft
+from qcompile.calibration.metric import Metric
+from qcompile.calibration.ranges import calibrate
+from qcompile.calibration.sensitivity import choose_alpha, hold_gate
+from qcompile.graph.sites import find_linears
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantise(Pass):
+    """Options: ``alpha`` fixes the token quantile (auto: chosen on the model's output), ``energy`` weights the
+    weight clip by the input's energy, ``gate_samples`` is how many samples the gate looks at."""
+
+    name: ClassVar[str] = "quantise"
+    preserves: ClassVar[Preserves] = "approximation"
+
+    alpha: float | None = None
+    energy: bool = True
+    gate_samples: int = 8
+    alpha_samples: int = 32
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        draft = Draft(model, ctx.recipe, ctx.workspace)
+        for site, reason, node in draft.left:
+            ctx.ledger.skip(site, reason, node)
+        if not draft.choice.weights:
+            ctx.ledger.note("nothing to quantise: no linear with a constant weight was found")
+            return 0
+        self._calibrate(ctx, draft)
+        alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, self.alpha_samples)
+        choice = draft.choice
+        if ctx.max_drop is not None:
+            metric = Metric(ctx, model, _first(ctx, self.gate_samples))
+            choice = hold_gate(ctx, draft, metric, alpha, ctx.max_drop)
+        self._record(ctx, draft, choice)
+        count = draft.apply(model, choice, alpha)
+        ctx.ledger.current.facts["alpha"] = alpha
+        return count
+
+    def _calibrate(self, ctx: Context, draft: Draft) -> None:
+        choice = draft.choice
+        static = {n: s for n, s in choice.activations.items() if not s.dynamic or s.outlier_threshold is not None}
+        for node in draft.model.graph:
+            scheme = choice.attention.get(str(node.outputs[0].name))
+            if scheme is not None:
+                static.update({str(v.name): scheme for v in node.inputs[:3] if v is not None})
+        narrow = self.energy and any(s.bits < 8 for s in choice.weights.values())
+        energy = [n for n in draft.readers()] if narrow else []
+        if static or energy:
+            draft.ranges = calibrate(ctx, draft.model, static, energy)
+
+    def _record(self, ctx: Context, draft: Draft, choice: Choice) -> None:
+        for linear in find_linears(draft.model.graph):
+            scheme = choice.weights.get(linear.name)
+            if scheme is None:
+                continue
+            activation = choice.activations.get(str(linear.x.name))
+            codes = draft.codes(linear.name, linear.w, scheme, draft.ranges.energy(str(linear.x.name)))
+            ctx.ledger.record(
+                linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
+                weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
+            )  # fmt: skip
+
+
+def _first(ctx: Context, count: int) -> list[object]:
+    return [sample for _, sample in zip(range(count), ctx.samples, strict=False)]
+
+
+def _sqnr(before: np.ndarray, after: np.ndarray) -> float:
+    error = float(np.square(before - after).sum())
+    return round(10 * float(np.log10(float(np.square(before).sum()) / error)), 3) if error else 999.0

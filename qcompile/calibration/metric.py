@@ -1,0 +1,121 @@
+"""One number for a whole model on the samples, to gate and to choose by.
+
+Causal language models (found by trying: an output over the vocabulary that does not look ahead): perplexity of
+the samples' own tokens. Any other model: 1 - mean cosine similarity of its output rows with the float model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.observers import sequences
+from qcompile.graph.sites import find_embeddings
+from qcompile.pipeline import Context
+
+IDS = "input_ids"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """``value`` of the metric and each sample's own figure (nats per token, or 1 - cosine)."""
+
+    name: str
+    value: float
+    each: tuple[float, ...]
+
+
+class Metric:
+    """Measures models against a float reference on fixed samples."""
+
+    def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
+        self._ctx, self._samples = ctx, list(samples)
+        self._output = str(model.graph.outputs[0].name)
+        self.is_perplexity = self._is_causal_lm(model)
+        self.name = "perplexity" if self.is_perplexity else "1 - cosine similarity"
+        self._reference: list[np.ndarray] = []
+        if not self.is_perplexity:
+            self._reference = [y for _, y in self._outputs(model)]
+        self.reference = self.measure(model)
+
+    def measure(self, model: ir.Model) -> Measured:
+        """The metric of ``model``, whose first output is compared."""
+        if self.is_perplexity:
+            each = tuple(_nats(y, sample) for sample, y in self._outputs(model))
+            return Measured(self.name, float(np.exp(np.mean(each))), each)
+        pairs = zip(self._outputs(model), self._reference, strict=True)
+        each = tuple(_one_minus_cosine(y, reference, sample) for (sample, y), reference in pairs)
+        return Measured(self.name, float(np.mean(each)), each)
+
+    def drop(self, measured: Measured) -> float:
+        """How much worse than the float reference: relative for perplexity, the figure itself for cosine."""
+        if self.is_perplexity:
+            return measured.value / self.reference.value - 1
+        return measured.value
+
+    def cautious_drop(self, measured: Measured) -> float:
+        """``drop`` plus one standard error over the samples, so that a few samples speak for the rest."""
+        if len(measured.each) < 2:
+            return self.drop(measured)
+        gaps = np.asarray(measured.each) - (np.asarray(self.reference.each) if self.is_perplexity else 0.0)
+        error = float(gaps.std(ddof=1) / np.sqrt(gaps.size))
+        return float(np.expm1(gaps.mean() + error)) if self.is_perplexity else float(gaps.mean() + error)
+
+    def _outputs(self, model: ir.Model) -> Iterable[tuple[Any, np.ndarray]]:
+        for sample, values in self._ctx.runner.stream(model, self._samples, [self._output], "measuring"):
+            yield sample, values[self._output]
+
+    def _is_causal_lm(self, model: ir.Model) -> bool:
+        shape = model.graph.outputs[0].shape
+        vocabularies = {v.shape[0] for n in find_embeddings(model.graph) if (v := n.inputs[0]) is not None and v.shape is not None}
+        if not self._samples or IDS not in self._samples[0].feeds or shape is None or len(shape) != 3:
+            return False
+        if shape[-1] not in vocabularies:
+            return False
+        first = self._samples[0]
+        ids = first.feeds[IDS]
+        if ids.shape[-1] < 2:
+            return False
+        changed = ids.copy()
+        changed[:, -1] = (changed[:, -1] + 1) % max(int(shape[-1]), 2)
+        other = dataclasses.replace(_plain(first), feeds={**first.feeds, IDS: changed})
+        before, after = (
+            values[self._output] for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
+        )
+        return bool(np.allclose(before[:, :-1], after[:, :-1], rtol=1e-4, atol=1e-4))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    feeds: dict[str, np.ndarray]
+    mask: np.ndarray | None
+
+
+def _plain(sample: Any) -> _Plain:
+    return _Plain(sample.feeds, sample.mask)
+
+
+def _nats(logits: np.ndarray, sample: Any) -> float:
+    """Mean negative log-likelihood of the next token over real positions."""
+    ids, total, count = sample.feeds[IDS], 0.0, 0
+    for row in range(ids.shape[0]):
+        targets = ids[row, 1:]
+        real = np.ones(targets.size, bool) if sample.mask is None else sample.mask[row, 1:].astype(bool)
+        scores = logits[row, :-1][real]
+        top = scores.max(axis=-1)
+        log_sum = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
+        total += float((log_sum - scores[np.arange(len(scores)), targets[real]]).sum())
+        count += int(real.sum())
+    return total / max(count, 1)
+
+
+def _one_minus_cosine(y: np.ndarray, reference: np.ndarray, sample: Any) -> float:
+    values = []
+    for a, b in zip(sequences(y, sample.mask), sequences(reference, sample.mask), strict=True):
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        values.append(1 - (a * b).sum(axis=-1) / np.maximum(norms, 1e-30))
+    return float(np.concatenate(values).mean()) if values else 0.0
