@@ -43,21 +43,21 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     not fit; for weights that are not finite.
     """
     path = Path(path)
-    model = _read(path)
-    interface = _interface(model)
-    check_opset(model)
-    _check_wired(model, path)
-    check_tensors(model)
-    remember(model)
     with _where(path), _quiet():
+        model = _read(path)
+        interface = _interface(model)
+        check_opset(model)
+        _check_wired(model, path)
+        check_tensors(model)
+        remember(model)
         _normalise(model)
         widen(model, workspace)
         to_canonical_opset(model)
         _simplify(model)
-    remember(model)
-    _restore(model, interface)
-    check_weights(model)
-    inline_small(model)
+        remember(model)
+        _restore(model, interface)
+        check_weights(model)
+        inline_small(model)
     workspace.adopt(model)
     return model
 
@@ -66,8 +66,7 @@ def _read(path: Path) -> ir.Model:
     proto = _parse(path)
     _check_initializers(proto.graph, path)
     try:
-        with _quiet():
-            model = ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except Exception as error:  # the library wraps whatever is wrong with the graph in its own errors
         raise UserError(f"the graph is not valid: {_innermost(error)}", where=str(path)) from error
     _set_folder(model, path.parent)

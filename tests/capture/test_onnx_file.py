@@ -99,6 +99,16 @@ def test_the_interface_keeps_names_types_and_axes(workspace: Workspace, tmp_path
     assert given_back.name == "y"
 
 
+def test_axes_that_inference_knows_better_stay_as_the_caller_named_them(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    model = linear()
+    declared = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "rows", "columns"])
+    model.graph.output[0].CopyFrom(declared)
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    assert str(loaded.graph.outputs[0].shape) == "[batch,rows,columns]"
+
+
 def test_old_spellings_become_one(workspace: Workspace, tmp_path: Path) -> None:
     """Weights listed as inputs, unsorted and nameless nodes, Constant nodes, Identity and Dropout."""
     two = helper.make_node("Constant", [], ["two"], value=numpy_helper.from_array(np.array(2, np.float32)))
@@ -293,6 +303,12 @@ def test_damage_never_ends_in_a_traceback(
         load_onnx(path, workspace)
     except UserError as error:
         assert str(error)
+
+
+def test_names_that_are_no_text(workspace: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(linear().SerializeToString().replace(b"fc", b"\xff\xfe"))
+    assert "where: " + str(path) in refusal(path, workspace)
 
 
 def test_missing_file_and_folder(workspace: Workspace, tmp_path: Path) -> None:
