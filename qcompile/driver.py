@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -276,7 +275,7 @@ def _record(pipeline: Sequence[Pass], ctx: Context, backend: Backend) -> manifes
         "max_drop": ctx.max_drop,
         "pipeline": [_described(p) for p in pipeline],
         "layers": _fact(entries, "layers", []),
-        "gate": _fact(entries, "gate", None),
+        "gate": manifest.plain(_gate(_fact(entries, "gate", None))),
         "passes": entries,
     }
 
@@ -304,14 +303,23 @@ def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
 
 
 def _check_gate(gate: dict[str, Any] | None) -> None:
-    """``gate``: {metric, drop, max_drop}, from the pass that measured it; raises GateError when missed."""
-    if gate is None or gate["drop"] <= gate["max_drop"]:
+    """``gate``: {metric, drop, max_drop, ...} from the pass that measured it; GateError when missed."""
+    if gate is None or (gate["drop"] is not None and gate["drop"] <= gate["max_drop"]):
         return
-    drop = "nan" if math.isnan(gate["drop"]) else f"{gate['drop']:.4g}"
+    drop = "nan" if gate["drop"] is None else f"{gate['drop']:.4g}"
     raise GateError(
         f"the {gate['metric']} dropped by {drop}, allowed {gate['max_drop']:g}; nothing was written",
         hint="allow a larger --max-drop, or take a recipe with more bits",
     )
+
+
+def _gate(gate: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The gate with the ``drop`` of the choice that was taken, from its ``steps`` where it is not stated."""
+    if gate is None or "drop" in gate:
+        return gate
+    drops = [s["drop"] for s in gate["steps"] if s["exceptions"] == len(gate["exceptions"])]
+    held = [drop for drop in drops if drop <= gate["max_drop"]]
+    return gate | {"drop": held[-1] if held else min(drops, default=None)}
 
 
 def analyze(

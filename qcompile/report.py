@@ -42,6 +42,7 @@ def render(record: Record, entries: Sequence[Record]) -> str:
         _summary(record),
         *([] if plots.available() else [paragraph(NO_PLOTS)]),
         _passes(entries),
+        _gate(record["gate"], entries),
         _layers(record["layers"]),
         _ranges(_gather(entries, "channel_ranges")),
         _searches(_gather(entries, "search")),
@@ -130,9 +131,9 @@ def _sites(entry: Record) -> Raw:
 
 
 def site_columns(sites: Sequence[Record]) -> list[str]:
-    """The keys of ``sites`` whose values are single values, in order of appearance, ``site`` first."""
+    """The keys of ``sites`` whose values are single values: ``site``, then by name, before ahead of after."""
     keys = {k: None for s in sites for k, v in s.items() if not isinstance(v, list | dict)}
-    return sorted(keys, key=lambda k: k != "site")
+    return sorted(keys, key=lambda k: (k != "site", k.replace("_after", "_then")))
 
 
 def _small_facts(entry: Record) -> dict[str, str]:
@@ -144,6 +145,26 @@ def _small_facts(entry: Record) -> dict[str, str]:
         elif not isinstance(value, list | dict):
             found[key] = str(value)
     return found
+
+
+def _gate(gate: Record | None, entries: Sequence[Record]) -> Raw:
+    """What the gate kept in higher precision, and how much each activation would have cost."""
+    if gate is None:
+        return Raw("")
+    linears = gate.get("linears") or {}
+    kept = [(code(n), s, ", ".join(linears.get(n, []))) for n, s in (gate.get("exceptions") or {}).items()]
+    ranked = [
+        (code(x["activation"]), x["damage"], ", ".join(x["linears"]))
+        for entry in entries
+        for x in entry["facts"].get("sensitivity") or []
+    ]
+    inner = [
+        paragraph(f"{gate['metric']} may drop by {gate['max_drop']:g}; it dropped by {text(gate['drop'])}."),
+        table(("activation", "kept as", "read by"), kept) if kept else paragraph("Nothing had to be kept."),
+    ]
+    if ranked:
+        inner.append(details("how much each one costs", table(("activation", "damage", "read by"), ranked)))
+    return section("Kept in higher precision", *inner)
 
 
 def _layers(layers: Sequence[Record]) -> Raw:

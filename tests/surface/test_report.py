@@ -30,7 +30,8 @@ def test_the_page_asks_the_network_for_nothing(html: str) -> None:
 def test_the_page_shows_every_part(html: str) -> None:
     for words in (
         "3.91x", "1 of 2", "31.5 dB", "equal to 3.1e-07 (allowed 1e-05)", "kept float by --max-drop",
-        "QLinearMatMul", "/encoder/layer.0/MatMul", "Search for the threshold t", "Channel ranges", "0.004",
+        "QLinearMatMul", "/encoder/layer.0/MatMul", "Search for the threshold t", "Channel ranges",
+        "0.004", "down.x",
     ):  # fmt: skip
         assert words in html, words
 
