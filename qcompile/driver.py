@@ -247,7 +247,9 @@ def _compiled(
     record = _record(pipeline, ctx, backend) | inputs
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
     _check_gate(record["gate"])
-    if ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
+    if not kernels:
+        warn("this graph has no matmul, so there was nothing to make faster or smaller")
+    elif ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
         warn("nothing runs in low bits; `qcompile explain` and the report say why for each matmul")
     return _staged(folder, record, ctx)
 

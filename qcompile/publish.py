@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from qcompile.errors import UserError
 from qcompile.manifest import foreign_files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = (*map(os.strerror, _FULL), "Not enough free space", "requested and")
 
 
 def check_destination(folder: Path, force: bool = False) -> None:
@@ -66,15 +68,17 @@ def writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if _is_full(error):
             raise UserError(
                 "no disk space left",
                 where=str(error.filename or ""),
                 hint="free some, or point TMPDIR and -o at a larger disk",
             ) from error
         if isinstance(error, PermissionError):
-            raise UserError(f"not allowed to write '{error.filename}'", hint="choose another -o") from error
+            raise UserError(f"permission denied: '{error.filename}'") from error
         raise
-    except shutil.Error as error:  # copytree gathers the errors of single files
-        first = error.args[0][0][2] if error.args and error.args[0] else error
-        raise UserError(f"cannot write the result: {first}", hint="free some disk space") from error
+
+
+def _is_full(error: OSError) -> bool:
+    """numpy, shutil and the IR wrap the system's error in words of their own, without its number."""
+    return error.errno in _FULL or any(words in str(error) for words in _FULL_WORDS)

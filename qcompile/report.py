@@ -57,6 +57,13 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+def size_words(before: int, after: int) -> tuple[str, str]:
+    """How two sizes in bytes compare: ``("3.91x smaller", "90.00 MB -> 23.00 MB")``."""
+    factor = before / max(after, 1)
+    ratio = f"{factor:.2f}x smaller" if factor >= 1 else f"{1 / max(factor, 1e-9):.2f}x larger"
+    return ratio, f"{megabytes(before)} -> {megabytes(after)}"
+
+
 def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f} dB"
 
@@ -87,11 +94,11 @@ def _lead(record: Record) -> Raw:
 
 
 def _summary(record: Record) -> Raw:
-    before, after = record["sizes"]["before"], record["sizes"]["after"]
+    ratio, sizes = size_words(record["sizes"]["before"], record["sizes"]["after"])
     kernels = record["kernels"]
     low = sum(1 for k in kernels if k["low_bit"])
     facts: list[tuple[Any, str]] = [
-        (f"{before / max(after, 1):.2f}x", f"smaller: {megabytes(before)} to {megabytes(after)}"),
+        (ratio.split()[0], f"{ratio.split()[1]}: {sizes}"),
         (f"{low} of {len(kernels)}", "matmuls run on integers"),
         (decibels(record["end_to_end"]["sqnr_db"]), "end-to-end SQNR against the float model"),
         (sum(len(p["skips"]) for p in record["passes"]), "places left alone, each with a reason"),

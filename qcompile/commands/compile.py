@@ -81,15 +81,15 @@ def default_output(model: str, recipe: str) -> Path:
 def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
     """The rows that a compilation ends with."""
     from qcompile.manifest import REPORT
-    from qcompile.report import decibels, kernel_counts, megabytes, proof_words
+    from qcompile.report import decibels, kernel_counts, proof_words, size_words
 
-    before, after = record["sizes"]["before"], record["sizes"]["after"]
+    ratio, sizes = size_words(record["sizes"]["before"], record["sizes"]["after"])
     kernels = record["kernels"]
     low = sum(1 for k in kernels if k["low_bit"])
     counts = ", ".join(f"{name} {count}" for name, count in kernel_counts(kernels).items())
     rows = [
         ("program", f"{where} ({record['recipe']['name']} for {record['target']['name']})"),
-        ("size", f"{megabytes(before)} -> {megabytes(after)} ({before / max(after, 1):.2f}x smaller)"),
+        ("size", f"{sizes} ({ratio})"),
         ("kernels", f"{low} of {len(kernels)} matmuls in low bits" + (f": {counts}" if counts else "")),
         ("end to end", proof_words(record["end_to_end"])),
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 import qcompile
 from qcompile import driver, manifest, publish, recipe
@@ -114,6 +116,34 @@ def test_a_full_disk_is_the_users_error_and_leaves_nothing(
         compile_float(model, output=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["temporary", "tiny.onnx"]
     assert not list(temporary.glob("qcompile-*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("1000 requested and 10 written"),  # numpy
+        OSError("Not enough free space to write 46881792 bytes after offset 0"),  # onnx_ir
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+    ],
+)
+def test_libraries_say_a_full_disk_in_their_own_words(error: OSError) -> None:
+    with pytest.raises(UserError, match="no disk space left"), publish.writing():
+        raise error
+
+
+def test_a_graph_without_matmuls_is_compiled_and_the_user_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    opset = helper.make_opsetid("", 21)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "relu.onnx")
+    given = [{"x": np.array([[1.0, -2.0, 3.0, -4.0]], np.float32)}]
+    with compile_float(tmp_path / "relu.onnx", calibration=given, recipe="w8a8") as compiled:
+        assert compiled.run(given[0])["y"].tolist() == [[1.0, 0.0, 3.0, 0.0]]
+    shown = capsys.readouterr().err
+    assert "os_plus changed nothing" in shown and "this graph has no matmul" in shown
 
 
 def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, temporary: Path) -> None:
