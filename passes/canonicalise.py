@@ -1,7 +1,7 @@
 """Canonicalise: one spelling for norms, activations, linears, rotary embeddings and attention.
 
-rewrite:  every spelled-out or fused form  ->  LayerNormalization, qcompile.RMSNormalization, Gelu, qcompile.Silu,
-          MatMul + Add with W [K, N], qcompile.RotaryEmbedding, qcompile.Attention / GroupedAttention
+rewrite:  every spelled-out or fused form  ->  LayerNormalization, qcompile.RMSNormalization, Gelu,
+          qcompile.Silu, MatMul + Add with W [K, N], qcompile.RotaryEmbedding, qcompile.Attention / GroupedAttention
 needs:    constant weights
 ensures:  equal to 1e-5 at unmasked positions; later passes match one spelling only
 """

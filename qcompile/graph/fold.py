@@ -2,11 +2,14 @@
 
     x~ = (x - z) / s                      what the consumers will read
     norm:   gamma' = gamma / s, beta' = (beta - z) / s         v_o, up_down: columns and bias of the source
+    q_k:    columns of k / s, columns of q * s
     linear: W' = diag(s) W, b' = b + z W  (W before scaling)    other readers: x~ * s + z is inserted
 Computed in float64, cast once. Source: Outlier Suppression+ (arXiv 2304.09145), Eq. 1-4 and Fig. 2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +18,8 @@ from qcompile.errors import UserError
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer, own_initializer, replace_constant
 from qcompile.graph.functions import is_op
-from qcompile.graph.sites import Linear, Other, Site, as_linear
+from qcompile.graph.linears import Linear, as_experts, as_linear
+from qcompile.graph.sites import Other, Site
 from qcompile.graph.workspace import Workspace
 
 
@@ -25,9 +29,13 @@ def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, work
     Raises UserError when a folded weight is not finite.
     """
     s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+    if site.kind == "q_k":
+        return _fold_q_k(model, site, s, z, workspace)
+    if z.any() and site.experts:
+        raise UserError("a shift would need a bias for each expert", where=site.name, hint="scale only")
     carrier = _produce(model, site, s, z, workspace)
     s_in, z_in = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
-    for linear in site.linears:
+    for linear in map(_renewed, (*site.linears, *site.experts)):
         compensate(model, linear, s_in, z_in, workspace)
     return int(carrier is not site.tensor) + _restore_others(model, site, carrier, s, z, workspace)
 
@@ -36,7 +44,7 @@ def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, wo
     """Transform the linears' common input with run-time nodes where the producer cannot absorb it."""
     s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
     s, z = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
-    if len({id(linear.x) for linear in site.linears}) != 1:
+    if site.kind == "q_k" or site.experts or len({id(linear.x) for linear in site.linears}) != 1:
         raise UserError("readers see the tensor through different views", where=site.name)
     x = site.linears[0].x
     first = site.linears[0].node
@@ -51,21 +59,68 @@ def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, wo
     """W' = diag(s) W and b' = b + z W for one reader; a missing bias is made when z is not zero."""
     w = np.asarray(linear.w, np.float64)
     if z.any():
+        if linear.chosen:
+            raise UserError("a shift would need a bias for each expert", where=linear.name, hint="scale only")
         _add_bias(model, linear, z @ w, workspace)
-    _store(model, linear.node, 1, w * s[:, None], workspace)
+    node, index = linear.holder
+    _store(model, node, index, w * s[:, None], workspace)
 
 
-def scale_columns(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> None:
-    """Make ``linear`` give (y - z) / s: columns of W and the bias."""
-    w = np.asarray(linear.w, np.float64)
+def scale_columns(
+    model: ir.Model,
+    linear: Linear,
+    s: np.ndarray,
+    z: np.ndarray,
+    workspace: Workspace,
+    columns: np.ndarray | None = None,
+) -> None:
+    """Make ``linear`` give (y - z) / s in ``columns`` (None: all, in order): columns of W and the bias."""
+    at = slice(None) if columns is None else columns
     if z.any() and linear.add is None:
-        _add_bias(model, linear, -z, workspace)
-    elif linear.add is not None:
-        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) - z, workspace)
+        _add_bias(model, linear, _spread(-z, at, linear.columns), workspace)
+    elif z.any():
+        _change_bias(model, linear, at, lambda b: b - z, workspace)
     linear = _renewed(linear)
     if linear.add is not None:
-        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) / s, workspace)
-    _store(model, linear.node, 1, w / s[None, :], workspace)
+        _change_bias(model, linear, at, lambda b: b / s, workspace)
+    w = np.array(linear.w, np.float64)
+    w[..., at] /= s
+    node, index = linear.holder
+    _store(model, node, index, w, workspace)
+
+
+def _change_bias(
+    model: ir.Model,
+    linear: Linear,
+    at: slice | np.ndarray,
+    change: Callable[[np.ndarray], np.ndarray],
+    workspace: Workspace,
+) -> None:
+    assert linear.add is not None
+    bias = np.array(linear.bias, np.float64)
+    bias[at] = change(bias[at])
+    _store(model, linear.add, 1, bias, workspace)
+
+
+def _spread(values: np.ndarray, at: slice | np.ndarray, width: int) -> np.ndarray:
+    whole = np.zeros(width)
+    whole[at] = values
+    return whole
+
+
+def _fold_q_k(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> int:
+    """k / s and q * s: each product of the scores stays. Channels that a rotation mixes need one s."""
+    if z.any():
+        raise UserError("queries and keys can only be scaled", where=site.name)
+    if site.ties is not None and not np.allclose(s, s[site.ties], rtol=1e-6):
+        raise UserError(
+            "channels that the rotary embedding mixes need one scale", where=site.name, hint="use sites.tied"
+        )
+    assert site.source is not None and site.expand is not None
+    scale_columns(model, site.source, s, z, workspace, site.columns)
+    query = _renewed(site.linears[0])
+    scale_columns(model, query, 1 / s[site.expand], np.zeros(site.expand.size), workspace, site.partner)
+    return 0
 
 
 def _produce(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> ir.Value:
@@ -73,7 +128,7 @@ def _produce(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspac
     if site.source is not None:
         if z.any() and site.kind != "v_o":
             raise UserError("only attention passes a shift on", where=site.name)
-        scale_columns(model, site.source, s, z, workspace)
+        scale_columns(model, _renewed(site.source), s, z, workspace, site.columns)
         return site.tensor
     norm = site.producer
     gamma = np.asarray(constant_array(norm.inputs[1]), np.float64)
@@ -128,7 +183,12 @@ def _become_output(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
 
 
 def _affine_nodes(
-    model: ir.Model, x: ir.Value, factor: np.ndarray, offset: np.ndarray, before: ir.Node | None, workspace: Workspace
+    model: ir.Model,
+    x: ir.Value,
+    factor: np.ndarray,
+    offset: np.ndarray,
+    before: ir.Node | None,
+    workspace: Workspace,
 ) -> ir.Value:
     """x * factor (+ offset) just before the node ``before`` (at the end when it is None)."""
     steps = [("Mul", factor)] + ([("Add", offset)] if offset.any() else [])
@@ -163,7 +223,8 @@ def _add_bias(model: ir.Model, linear: Linear, bias: np.ndarray, workspace: Work
 
 
 def _renewed(linear: Linear) -> Linear:
-    found = as_linear(linear.node)
+    """``linear`` as it is now: an earlier fold may have given it a bias."""
+    found = as_experts(linear.node) if linear.chosen else as_linear(linear.node)
     assert found is not None
     return found
 
@@ -172,5 +233,7 @@ def _store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, worksp
     with np.errstate(over="ignore"):
         cast = array.astype(np.float32)
     if not np.isfinite(cast).all():
-        raise UserError(f"folding makes '{node.inputs[index].name}' non-finite", hint="the site's scale is too large")  # type: ignore[union-attr]
+        raise UserError(
+            f"folding makes '{node.inputs[index].name}' non-finite", hint="the site's scale is too large"
+        )  # type: ignore[union-attr]
     replace_constant(own_initializer(model, node, index), cast, workspace)

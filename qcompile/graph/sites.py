@@ -3,7 +3,7 @@
     norm     LayerNorm / RMSNorm  ->  all readers of its output
     v_o      v projection  ->  attention  ->  output projection (values pass attention linearly)
     up_down  up projection (times gate, or through ReLU)  ->  down projection
-    q_k      q projection  <->  k projection
+    q_k      k projection  ->  scores  <-  q projection
 
 A site names every consumer, and says why it cannot be used when one of them cannot be compensated.
 """
@@ -17,74 +17,18 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.graph.blocks import ATTENTIONS, Block, find_blocks
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, is_tied
 from qcompile.graph.functions import is_op
+from qcompile.graph.linears import VIEWS, Linear, as_linear, find_embeddings, find_experts, find_linears
 from qcompile.graph.provenance import layer_name, original_name
+from qcompile.graph.trace import Leaf, Trace, follow
 
 NORMS = ("LayerNormalization", "RMSNormalization")
-ATTENTIONS = ("Attention", "GroupedAttention")
-# Operators that keep the last axis as it is: a per-channel edit commutes with them.
-_VIEWS = ("Identity", "Unsqueeze", "Squeeze", "Dropout")
+_CURVES = ("Gelu", "Silu", "Tanh", "Sigmoid", "Elu", "HardSwish", "Mish", "Softplus")
 
 Kind = Literal["norm", "v_o", "up_down", "q_k"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """y = x W + b with x (..., K), W (K, N) constant and b (N) or absent.
-
-    ``transposed``: W is ``Transpose`` of a table (N, K) that is an embedding as well (a tied head).
-    """
-
-    node: ir.Node
-    name: str
-    add: ir.Node | None
-    transposed: bool = False
-
-    @property
-    def x(self) -> ir.Value:
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def weight(self) -> ir.Value:
-        value = self.node.inputs[1]
-        assert value is not None
-        if self.transposed:
-            value = value.producer().inputs[0]  # type: ignore[union-attr]
-        assert value is not None
-        return value
-
-    @property
-    def w(self) -> np.ndarray:
-        """W as (K, N), mapped."""
-        array = constant_array(self.weight)
-        assert array is not None
-        return array.T if self.transposed else array
-
-    @property
-    def bias(self) -> np.ndarray | None:
-        return constant_array(self.add.inputs[1]) if self.add is not None else None
-
-    @property
-    def output(self) -> ir.Value:
-        return (self.add or self.node).outputs[0]
-
-    @property
-    def is_head(self) -> bool:
-        """Whether the result is the model's output: the language-model head or a classifier."""
-        return self.transposed or _reaches_output(self.output)
-
-
-def _reaches_output(value: ir.Value) -> bool:
-    while not value.is_graph_output():
-        node = match.only_consumer(value, "Cast", "Identity", "Tanh", "Mul", "Div", *_VIEWS)
-        if node is None:
-            return False
-        value = node.outputs[0]
-    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +42,12 @@ class Other:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One place to transform. ``channels`` is the width of the tensor that is shifted and scaled.
+    """One place to transform; its shift and scale have one entry for each of ``channels``.
 
-    ``expand`` maps the producer's channels to the consumer's rows: ``consumer_row -> producer_channel``
-    (identity except for grouped queries).
+    ``experts``: readers with a table of matrices (a mixture of experts), compensated like ``linears``.
+    ``source``: the linear whose output carries the channels, channel i in column ``columns[i]`` (None: i).
+    ``expand``: reader's row -> channel (None: the same); for q_k, ``partner[j]`` is the column of q that
+    meets channel ``expand[j]``. ``ties``: the channels that must have one scale have one number (rotary pairs).
     """
 
     kind: Kind
@@ -113,68 +59,44 @@ class Site:
     source: Linear | None = None
     expand: np.ndarray | None = None
     reason: str = ""
+    experts: tuple[Linear, ...] = ()
+    columns: np.ndarray | None = None
+    partner: np.ndarray | None = None
+    ties: np.ndarray | None = None
 
     @property
     def channels(self) -> int:
-        return int(self.linears[0].w.shape[0])
-
-
-# --------------------------------------------------------------------------- linears
-
-
-def find_linears(graph: ir.Graph) -> list[Linear]:
-    """Every MatMul with a constant matrix on its right, in graph order."""
-    return [linear for node in graph if (linear := as_linear(node)) is not None]
-
-
-def as_linear(node: ir.Node) -> Linear | None:
-    if not is_op(node, "MatMul") or node.inputs[0] is None or constant_array(node.inputs[0]) is not None:
-        return None
-    array, transposed = constant_array(node.inputs[1]), False
-    if array is None:
-        transpose = match.producer(node.inputs[1], "Transpose")
-        array = constant_array(transpose.inputs[0]) if transpose is not None else None
-        transposed = True
-    if array is None or array.ndim != 2:
-        return None
-    return Linear(node, layer_name(node), _bias_add(node, array.shape[0 if transposed else 1]), transposed)
-
-
-def _bias_add(product: ir.Node, width: int) -> ir.Node | None:
-    add = match.only_consumer(product.outputs[0], "Add")
-    if add is None or add.inputs[0] is not product.outputs[0]:
-        return None
-    bias = constant_array(add.inputs[1])
-    return add if bias is not None and bias.shape == (width,) else None
-
-
-def find_embeddings(graph: ir.Graph) -> list[ir.Node]:
-    """Gathers of whole rows from a constant table (V, C)."""
-    found = []
-    for node in graph:
-        table = constant_array(node.inputs[0]) if is_op(node, "Gather") else None
-        if table is not None and table.ndim == 2 and table.dtype == np.float32 and table.shape[0] > 1:
-            if match.int_attribute(node, "axis", 0) == 0:
-                found.append(node)
-    return found
-
-
-# --------------------------------------------------------------------------- sites
+        """How many entries shift and scale have."""
+        if self.columns is not None:
+            return int(self.columns.size)
+        return self.source.columns if self.source is not None else (self.linears or self.experts)[0].rows
 
 
 def find_sites(model: ir.Model) -> list[Site]:
     """All sites in graph order."""
-    linears = {id(linear.node): linear for linear in find_linears(model.graph)}
-    by_output = {id(linear.output): linear for linear in linears.values()}
-    sites: list[Site] = []
-    for node in model.graph:
-        if is_op(node, *NORMS):
-            sites.extend(_norm_site(node, linears))
-        elif is_op(node, *ATTENTIONS):
-            sites.extend(_attention_sites(node, linears, by_output))
-        elif is_op(node, "Mul", "Relu"):
-            sites.extend(_up_down_site(node, linears, by_output))
-    return sites
+    return _Finder(model.graph).sites()
+
+
+def rotary_pairs(width: int) -> np.ndarray:
+    """``Site.ties`` for one head of ``width``, rotated in halves: channels i and i + width / 2 are mixed."""
+    return np.tile(np.arange(width // 2), 2)
+
+
+def tied(site: Site, scale: np.ndarray) -> np.ndarray:
+    """``scale`` with the geometric mean in place of the entries that must be equal."""
+    if site.ties is None:
+        return scale
+    _, group = np.unique(site.ties, return_inverse=True)
+    total = np.bincount(group, np.log(scale)) / np.bincount(group)
+    return np.asarray(np.exp(total)[group], scale.dtype)
+
+
+def describe(site: Site) -> str:
+    """The site in the user's names, for reports."""
+    return f"{site.kind}:{site.name or original_name(site.producer)}"
+
+
+# --------------------------------------------------------------------------- readers of a norm
 
 
 def readers(value: ir.Value, linears: dict[int, Linear]) -> tuple[list[Linear], list[Other]]:
@@ -191,7 +113,7 @@ def readers(value: ir.Value, linears: dict[int, Linear]) -> tuple[list[Linear], 
                 found.extend(below)
             else:
                 others.append(Other(use.node, value, use.idx))
-        else:
+        elif not is_op(use.node, "Shape"):
             others.append(Other(use.node, value, use.idx))
     return found, others
 
@@ -203,7 +125,7 @@ def _keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
         return True
     output = node.outputs[0]
     same = value.shape is not None and output.shape is not None and _last(value) == _last(output) is not None
-    if is_op(node, "Reshape", "Slice", "GatherND", *_VIEWS):
+    if is_op(node, "Reshape", "Slice", "GatherND", "Expand", *VIEWS):
         return same
     if is_op(node, "Gather"):
         rank = len(value.shape) if value.shape is not None else 0
@@ -212,117 +134,223 @@ def _keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
 
 
 def _last(value: ir.Value) -> int | None:
-    return value.shape[-1] if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int) else None
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return last if isinstance(last, int) else None
 
 
-def _norm_site(node: ir.Node, linears: dict[int, Linear]) -> Iterator[Site]:
-    tensor = node.outputs[0]
-    found, others = readers(tensor, linears)
-    body = [linear for linear in found if not linear.is_head]
-    if not body:
-        return
-    reason = ""
-    if any(constant_array(v) is None for v in node.inputs[1:]):
-        reason = "gamma or beta is computed at run time"
-    elif any(linear.transposed for linear in found):
-        reason = "a reader is the tied head, whose table is the embedding"
-    elif len({linear.w.shape[0] for linear in found}) != 1:
-        reason = "readers have different widths"
-    yield Site("norm", layer_name(node), tensor, node, tuple(found), tuple(others), reason=reason)
-
-
-def _attention_sites(node: ir.Node, linears: dict[int, Linear], by_output: dict[int, Linear]) -> Iterator[Site]:
-    q, k, v = (_head_source(value, by_output) for value in node.inputs[:3])
-    output = _context_reader(node.outputs[0], linears)
-    if v is not None and output is not None:
-        yield _v_o_site(node, v, output)
-    if q is not None and k is not None:
-        yield Site("q_k", f"{k.name}", k.output, node, (q, k))
-
-
-def _head_source(value: ir.Value | None, by_output: dict[int, Linear]) -> Linear | None:
-    """The linear behind heads (B, H, S, d): through Transpose and Reshape, each with one reader."""
-    while value is not None:
-        linear = by_output.get(id(value))
-        if linear is not None:
-            return linear
-        node = match.producer(value, "Transpose", "Reshape", "RotaryEmbedding", "RMSNormalization")
-        if node is None or len(list(value.uses())) != 1:
-            return None
-        value = node.inputs[0]
-    return None
-
-
-def _context_reader(value: ir.Value, linears: dict[int, Linear]) -> Linear | None:
-    """The only linear that reads the context (B, H, S, d), through Transpose [0, 2, 1, 3] and Reshape."""
-    transposed = False
-    while True:
-        node = match.only_consumer(value)
-        if node is None:
-            return None
-        if id(node) in linears and node.inputs[0] is value:
-            return linears[id(node)] if transposed else None
-        if is_op(node, "Transpose"):
-            transposed = list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
-        elif not is_op(node, "Reshape"):
-            return None
-        value = node.outputs[0]
-
-
-def _v_o_site(node: ir.Node, v: Linear, output: Linear) -> Site:
-    groups = match.int_attribute(node, "groups", 1)
-    values = node.inputs[2]
-    width = _last(values) if values is not None else None
-    kv, rows = int(v.w.shape[1]), int(output.w.shape[0])
-    reason, expand = "", None
-    if kv * groups != rows or width is None or kv % width:
-        reason = f"value width {kv} and output projection width {rows} do not fit {groups} groups"
-    else:
-        heads = np.arange(kv // width).repeat(groups)
-        expand = (heads[:, None] * width + np.arange(width)[None]).reshape(-1)
-    if v.output.is_graph_output() or len(list(v.output.uses())) != 1:
-        reason = "the value projection has another reader"
-    return Site("v_o", output.name, output.x, node, (output,), source=v, expand=expand, reason=reason)
-
-
-def _up_down_site(node: ir.Node, linears: dict[int, Linear], by_output: dict[int, Linear]) -> Iterator[Site]:
-    reader = match.only_consumer(node.outputs[0])
-    down = linears.get(id(reader)) if reader is not None else None
-    if down is None:
-        return
-    sources = [by_output.get(id(v)) for v in node.inputs if v is not None]
-    up = next((s for s in sources if s is not None), None)
-    if up is None or (node.op_type == "Mul" and len(node.inputs) == 2 and constant_array(node.inputs[1]) is not None):
-        return
-    reason = "" if len(list(up.output.uses())) == 1 else "the up projection has another reader"
-    yield Site("up_down", down.name, down.x, node, (down,), source=up, reason=reason)
-
-
-# --------------------------------------------------------------------------- blocks
+# --------------------------------------------------------------------------- finding
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """One transformer block: the span of graph positions of one layer, by the layer index in user names."""
+class _Channels:
+    """Which columns of a linear reach one input of an operator, in the axes of that input."""
 
-    name: str
-    linears: tuple[Linear, ...]
-
-
-def find_blocks(model: ir.Model) -> list[Block]:
-    """Linears grouped by the longest prefix ``....N`` of their names, in graph order."""
-    groups: dict[str, list[Linear]] = {}
-    for linear in find_linears(model.graph):
-        parts = linear.name.split(".")
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if index is not None:
-            groups.setdefault(".".join(parts[: index + 1]), []).append(linear)
-    return [Block(name, tuple(found)) for name, found in groups.items()]
+    linear: Linear
+    columns: np.ndarray  # (heads, d) at an attention, (width,) at an elementwise operator
+    passed: frozenset[str]
+    alone: bool  # nothing else reads these columns
+    mixed: np.ndarray  # (pairs, 2) columns that a rotary embedding mixes
 
 
-def describe(site: Site) -> str:
-    """The site in the user's names, for reports."""
-    return f"{site.kind}:{site.name or original_name(site.producer)}"
+class _Finder:
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._readers = {id(linear.node): linear for linear in [*find_linears(graph), *find_experts(graph)]}
+        self._entries: dict[tuple[int, int], tuple[Linear, Trace, Leaf]] = {}
+        for linear in self._readers.values():
+            trace = follow(linear.output)
+            for leaf in trace.leaves if trace is not None else ():
+                if leaf.node is not None and trace is not None:
+                    self._entries[id(leaf.node), leaf.index] = (linear, trace, leaf)
+
+    def sites(self) -> list[Site]:
+        found: list[Site] = []
+        for node in self._graph:
+            if is_op(node, *NORMS):
+                found.extend(self._norm(node))
+            elif is_op(node, *ATTENTIONS):
+                found.extend(self._v_o(node))
+                found.extend(self._q_k(node))
+            elif is_op(node, "Mul", "Relu", *_CURVES):
+                found.extend(self._up_down(node))
+        return found
+
+    def _norm(self, node: ir.Node) -> Iterator[Site]:
+        tensor = node.outputs[0]
+        found, others = readers(tensor, self._readers)
+        linears = tuple(linear for linear in found if not linear.chosen)
+        experts = tuple(linear for linear in found if linear.chosen)
+        if not [linear for linear in found if not linear.is_head]:
+            return
+        reason = ""
+        if any(constant_array(v) is None for v in node.inputs[1:]):
+            reason = "gamma or beta is computed at run time"
+        elif any(linear.transposed for linear in found):
+            reason = "a reader is the tied head, whose table is the embedding"
+        elif len({linear.rows for linear in found}) != 1:
+            reason = "readers have different widths"
+        elif not linears:
+            reason = "every reader is an expert chosen for each token"
+        yield Site("norm", layer_name(node), tensor, node, linears or experts, tuple(others), reason=reason,
+                   experts=experts if linears else ())  # fmt: skip
+
+    def _v_o(self, node: ir.Node) -> Iterator[Site]:
+        source = self._heads(node, 2)
+        found = self._context_reader(node)
+        if source is None or found is None:
+            return
+        output, heads, within = found  # of each row of the output projection
+        query_heads = int(heads.max()) + 1
+        columns, expand = np.unique(
+            source.columns[heads * source.columns.shape[0] // query_heads, within], return_inverse=True
+        )
+        reason = ""
+        if source.passed:
+            reason = f"{', '.join(sorted(source.passed))} between the value projection and the attention"
+        elif not source.alone:
+            reason = "the value projection has another reader"
+        yield Site(
+            "v_o", output.name, output.x, node, (output,), source=source.linear, expand=expand,
+            columns=_unless_all(columns, source.linear), reason=reason,
+        )  # fmt: skip
+
+    def _q_k(self, node: ir.Node) -> Iterator[Site]:
+        q, k = self._heads(node, 0), self._heads(node, 1)
+        if q is None or k is None:
+            yield from self._normalised_heads(node)
+            return
+        heads = np.arange(q.columns.shape[0]) * k.columns.shape[0] // q.columns.shape[0]
+        columns, expand = np.unique(k.columns[heads], return_inverse=True)
+        reason = "" if q.alone and k.alone else "the query or key projection has another reader"
+        yield Site(
+            "q_k", k.linear.name, k.linear.output, node, (q.linear,), source=k.linear,
+            expand=expand.reshape(-1), columns=_unless_all(columns, k.linear),
+            partner=q.columns.reshape(-1), ties=_ties(columns, k.mixed), reason=reason,
+        )  # fmt: skip
+
+    def _normalised_heads(self, node: ir.Node) -> Iterator[Site]:
+        """Queries and keys that pass a norm on each head: its output does not feel the projection's scale."""
+        q, k = (self._above_norm(value) for value in node.inputs[:2])
+        if q is not None and k is not None:
+            reason = "queries and keys are normalised for each head, which undoes a scale of the projection"
+            yield Site("q_k", k.name, k.output, node, (q,), source=k, reason=reason)
+
+    def _above_norm(self, value: ir.Value | None) -> Linear | None:
+        while (node := match.producer(value, *NORMS, "RotaryEmbedding", "Transpose", "Reshape")) is not None:
+            entry = self._entries.get((id(node), 0)) if is_op(node, *NORMS) else None
+            if entry is not None:
+                return entry[0]
+            value = node.inputs[0]
+        return None
+
+    def _up_down(self, node: ir.Node) -> Iterator[Site]:
+        down = self._row_reader(node.outputs[0])
+        if down is None:
+            return
+        up = next((c for i in range(len(node.inputs)) if (c := self._vector(node, i)) is not None), None)
+        if up is None or up.columns.size != down.rows:
+            return
+        reason = "" if up.alone else "the up projection has another reader"
+        if is_op(node, *_CURVES):
+            reason = f"{node.op_type} does not commute with a scale"
+        elif down.chosen:
+            reason = "the down projections are experts chosen for each token"
+        elif up.passed:
+            reason = "a factor stands between the projections"
+        in_order = np.array_equal(up.columns, np.arange(up.linear.columns))
+        yield Site(
+            "up_down", down.name, down.x, node, (down,), source=up.linear,
+            columns=None if in_order else up.columns, reason=reason,
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------- channels by traces
+
+    def _heads(self, node: ir.Node, index: int) -> _Channels | None:
+        """The columns behind heads (B, H, S, d) at an attention's input."""
+        entry = self._entries.get((id(node), index))
+        if entry is None or entry[2].codes.ndim != 4:
+            return None
+        linear, trace, leaf = entry
+        rows, columns = _rows_and_columns(trace, leaf)
+        batch, _, length, _ = columns.shape
+        if batch * length != int(np.prod(trace.shape[:-1])):
+            return None
+        expected = np.arange(batch * length).reshape(batch, 1, length, 1)
+        if not (rows == expected).all() or not (columns == columns[:1, :, :1]).all():
+            return None
+        return self._channels(linear, trace, leaf, columns[0, :, 0])
+
+    def _vector(self, node: ir.Node, index: int) -> _Channels | None:
+        """The columns behind the last axis of an elementwise operator's input."""
+        entry = self._entries.get((id(node), index))
+        if entry is None:
+            return None
+        linear, trace, leaf = entry
+        rows, columns = _rows_and_columns(trace, leaf)
+        flat = columns.reshape(-1, columns.shape[-1])
+        aligned = (rows.reshape(flat.shape) == np.arange(len(flat))[:, None]).all()
+        if not aligned or not (flat == flat[:1]).all() or len(set(flat[0].tolist())) != flat.shape[1]:
+            return None
+        return self._channels(linear, trace, leaf, flat[0])
+
+    def _channels(self, linear: Linear, trace: Trace, leaf: Leaf, columns: np.ndarray) -> _Channels:
+        width = trace.shape[-1]
+        alone = not any(
+            np.isin(other.codes % width, columns).any() for other in trace.leaves if other is not leaf
+        )
+        return _Channels(linear, columns, leaf.passed, alone, np.unique(trace.mixed % width, axis=0))
+
+    def _context_reader(self, node: ir.Node) -> tuple[Linear, np.ndarray, np.ndarray] | None:
+        """The only linear that reads the context (B, H, S, d); for each of its rows the head and place."""
+        trace = follow(node.outputs[0])
+        if trace is None or len(trace.leaves) != 1 or trace.leaves[0].passed or len(trace.shape) != 4:
+            return None
+        leaf = trace.leaves[0]
+        linear = self._readers.get(id(leaf.node))
+        if linear is None or leaf.index != 0:
+            return None
+        batch, heads, length, within = np.unravel_index(
+            leaf.codes.reshape(-1, leaf.codes.shape[-1]), trace.shape
+        )
+        rows = batch * trace.shape[2] + length
+        straight = (rows == np.arange(len(rows))[:, None]).all()
+        if not straight or not (heads == heads[:1]).all() or not (within == within[:1]).all():
+            return None
+        return linear, heads[0], within[0]
+
+    def _row_reader(self, value: ir.Value) -> Linear | None:
+        """The only reader of ``value``, when it is a linear that keeps its last axis."""
+        while (node := match.only_consumer(value)) is not None:
+            linear = self._readers.get(id(node))
+            if linear is not None:
+                return linear if node.inputs[0] is value else None
+            if not _keeps_last_axis(node, 0, value) or node.inputs[0] is not value:
+                return None
+            value = node.outputs[0]
+        return None
 
 
-__all__ = ["Block", "Linear", "Other", "Site", "describe", "find_blocks", "find_embeddings", "find_linears", "find_sites", "is_tied"]
+def _rows_and_columns(trace: Trace, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+    return leaf.codes // trace.shape[-1], leaf.codes % trace.shape[-1]
+
+
+def _unless_all(columns: np.ndarray, linear: Linear) -> np.ndarray | None:
+    return None if columns.size == linear.columns else columns
+
+
+def _ties(columns: np.ndarray, mixed: np.ndarray) -> np.ndarray | None:
+    """For each channel the smallest channel that it is mixed with; None when none is."""
+    if not len(mixed):
+        return None
+    place = {int(c): i for i, c in enumerate(columns)}
+    ties = np.arange(columns.size)
+    for left, right in mixed.tolist():
+        if left in place and right in place:
+            ties[place[right]] = ties[place[left]] = min(ties[place[left]], ties[place[right]])
+    return ties
+
+
+__all__ = [
+    "ATTENTIONS", "Block", "Linear", "Other", "Site", "as_linear", "describe", "find_blocks",
+    "find_embeddings", "find_experts", "find_linears", "find_sites", "is_tied", "rotary_pairs", "tied",
+]  # fmt: skip

@@ -1,8 +1,8 @@
 """GELU (erf and tanh) and SiLU, however they are spelled.
 
-    0.5 x (1 + erf(x / sqrt 2))                                  ->  Gelu(x)
-    0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))            ->  Gelu(x){approximate="tanh"}
-    x sigmoid(x)                                                 ->  qcompile.Silu(x)
+0.5 x (1 + erf(x / sqrt 2))                                  ->  Gelu(x)
+0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))            ->  Gelu(x){approximate="tanh"}
+x sigmoid(x)                                                 ->  qcompile.Silu(x)
 """
 
 from __future__ import annotations
@@ -122,7 +122,12 @@ def _power(value: ir.Value, x: ir.Value) -> int | None:
 def _gelu(model: ir.Model, curve: ir.Node, x: ir.Value | None, approximate: str) -> int:
     one_plus = match.only_consumer(curve.outputs[0], "Add")
     operands = match.constant_operand(one_plus) if one_plus is not None else None
-    if x is None or one_plus is None or operands is None or not _close(float(operands[1].reshape(-1)[0]), 1.0):
+    if (
+        x is None
+        or one_plus is None
+        or operands is None
+        or not _close(float(operands[1].reshape(-1)[0]), 1.0)
+    ):
         return 0
     end = _half_product(one_plus, x)
     if end is None:

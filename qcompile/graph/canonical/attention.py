@@ -82,7 +82,11 @@ def _descend(value: ir.Value | None, found: _Scores) -> bool:
 
 def _descend_scale(node: ir.Node, found: _Scores) -> bool:
     operands = match.constant_operand(node)
-    if operands is None or operands[1].size != 1 or (node.op_type == "Div" and operands[0] is not node.inputs[0]):
+    if (
+        operands is None
+        or operands[1].size != 1
+        or (node.op_type == "Div" and operands[0] is not node.inputs[0])
+    ):
         return False
     factor = float(operands[1].reshape(-1)[0])
     found.scale *= factor if node.op_type == "Mul" else 1 / factor
@@ -104,7 +108,12 @@ def _try_add(node: ir.Node, path: int, found: _Scores) -> bool:
     if bias is None or not _descend(node.inputs[path], trial):
         return False
     trial.biases.append((bias, found.scale))
-    found.product, found.scale, found.biases, found.wheres = trial.product, trial.scale, trial.biases, trial.wheres
+    found.product, found.scale, found.biases, found.wheres = (
+        trial.product,
+        trial.scale,
+        trial.biases,
+        trial.wheres,
+    )
     return True
 
 
@@ -137,7 +146,9 @@ def _replace(model: ir.Model, softmax: ir.Node, scores: _Scores, workspace: Work
     return ""
 
 
-def _attention_node(model: ir.Model, inputs: list[ir.Value], scale: float, groups: int, like: ir.Node) -> ir.Node:
+def _attention_node(
+    model: ir.Model, inputs: list[ir.Value], scale: float, groups: int, like: ir.Node
+) -> ir.Node:
     name = "Attention" if groups == 1 else "GroupedAttention"
     use(model, name)
     attributes = {"s": ir.AttrFloat32("scale", scale)}
@@ -254,7 +265,9 @@ def _inserted(before: ir.Node, op: str, inputs: list[ir.Value | None]) -> ir.Val
     return node.outputs[0]
 
 
-def _scaled_bias(model: ir.Model, value: ir.Value, factor: float, before: ir.Node, workspace: Workspace) -> ir.Value:
+def _scaled_bias(
+    model: ir.Model, value: ir.Value, factor: float, before: ir.Node, workspace: Workspace
+) -> ir.Value:
     if factor == 1.0:
         return value
     held = new_initializer(model, "attention_bias_scale", np.asarray(factor, np.float32), workspace)
@@ -271,7 +284,9 @@ def _make_finite(model: ir.Model, value: ir.Value, workspace: Workspace) -> None
     """Replace -inf constants that feed ``value`` (through Where, Add, Mul and views)."""
     pending, seen = [value], set()
     while pending:
-        node = match.producer(pending.pop(), "Where", "Add", "Mul", "Cast", "Expand", "Unsqueeze", "Slice", "Reshape")
+        node = match.producer(
+            pending.pop(), "Where", "Add", "Mul", "Cast", "Expand", "Unsqueeze", "Slice", "Reshape"
+        )
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))

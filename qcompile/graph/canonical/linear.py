@@ -1,8 +1,8 @@
 """Linear layers: MatMul(x, W) with W [K, N] constant, then Add(bias).
 
-    Gemm(x, W, b){transB}               ->  Add(MatMul(x, W'), b')
-    MatMul(x, Transpose(W))             ->  MatMul(x, W')       unless W is also an embedding table
-    Add(bias, MatMul)                   ->  Add(MatMul, bias)
+Gemm(x, W, b){transB}               ->  Add(MatMul(x, W'), b')
+MatMul(x, Transpose(W))             ->  MatMul(x, W')       unless W is also an embedding table
+Add(bias, MatMul)                   ->  Add(MatMul, bias)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _gemm(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
     b = constant_array(bias) if bias is not None else None
     if x is None or weight is None or w is None or (bias is not None and b is None):
         return 0
-    if match.int_attribute(node, "transA", 0) or x.shape is not None and len(x.shape) != 2:
+    if match.int_attribute(node, "transA", 0) or (x.shape is not None and len(x.shape) != 2):
         return 0
     alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
     beta = node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
@@ -79,7 +79,12 @@ def _transposed(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
 
 def _bias_last(node: ir.Node) -> int:
     left, right = node.inputs[0], node.inputs[1]
-    if left is None or right is None or constant_array(left) is None or match.producer(right, "MatMul") is None:
+    if (
+        left is None
+        or right is None
+        or constant_array(left) is None
+        or match.producer(right, "MatMul") is None
+    ):
         return 0
     node.replace_input_with(0, right)
     node.replace_input_with(1, left)

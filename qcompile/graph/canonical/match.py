@@ -56,7 +56,7 @@ def other_operand(node: ir.Node, known: ir.Value) -> ir.Value | None:
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
     attribute = node.attributes.get(name)
-    return int(attribute.value) if attribute is not None else default  # type: ignore[arg-type]
+    return int(attribute.value) if attribute is not None else default
 
 
 def through(value: ir.Value | None, *ops: str) -> ir.Value | None:
@@ -67,7 +67,11 @@ def through(value: ir.Value | None, *ops: str) -> ir.Value | None:
 
 
 def new_node(
-    domain: str, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, ir.Attr], like: Sequence[ir.Node]
+    domain: str,
+    op: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, ir.Attr],
+    like: Sequence[ir.Node],
 ) -> ir.Node:
     """A node with one output that carries the provenance of the nodes it replaces (the last one's names)."""
     node = ir.Node(domain, op, inputs, list(attributes.values()), num_outputs=1)

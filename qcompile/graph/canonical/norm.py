@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm, however they are spelled, become one node each.
 
-    y = (x - mean(x)) / sqrt(var(x) + eps) * gamma + beta   ->  LayerNormalization(x, gamma, beta)
-    y = x / sqrt(mean(x^2) + eps) * gamma                   ->  qcompile.RMSNormalization(x, gamma)
+y = (x - mean(x)) / sqrt(var(x) + eps) * gamma + beta   ->  LayerNormalization(x, gamma, beta)
+y = x / sqrt(mean(x^2) + eps) * gamma                   ->  qcompile.RMSNormalization(x, gamma)
 """
 
 from __future__ import annotations
@@ -89,12 +89,20 @@ def _normalised(root: ir.Node, centred: ir.Value) -> ir.Node | None:
         return None
     if divide.op_type == "Reciprocal":
         multiply = match.only_consumer(divide.outputs[0], "Mul")
-        return multiply if multiply is not None and match.other_operand(multiply, divide.outputs[0]) is centred else None
+        return (
+            multiply
+            if multiply is not None and match.other_operand(multiply, divide.outputs[0]) is centred
+            else None
+        )
     if divide.inputs[0] is centred:
         return divide
     inverse = match.scalar(divide.inputs[0]) == 1.0
     multiply = match.only_consumer(divide.outputs[0], "Mul") if inverse else None
-    return multiply if multiply is not None and match.other_operand(multiply, divide.outputs[0]) is centred else None
+    return (
+        multiply
+        if multiply is not None and match.other_operand(multiply, divide.outputs[0]) is centred
+        else None
+    )
 
 
 def _uncentred(centred: ir.Value) -> ir.Value | None:
@@ -139,7 +147,9 @@ def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> None:
     if found.centred:
         beta = found.beta if found.beta is not None else np.zeros(width, np.float32)
         inputs.append(new_initializer(model, f"{hint}.beta", beta.astype(np.float32), workspace))
-        node = match.new_node("", "LayerNormalization", inputs, {"e": epsilon, "a": ir.AttrInt64("axis", -1)}, [found.end])
+        node = match.new_node(
+            "", "LayerNormalization", inputs, {"e": epsilon, "a": ir.AttrInt64("axis", -1)}, [found.end]
+        )
     else:
         use(model, "RMSNormalization")
         node = match.new_node(DOMAIN, "RMSNormalization", inputs, {"e": epsilon}, [found.end])
@@ -161,7 +171,9 @@ def _standard_rms(model: ir.Model, node: ir.Node) -> int:
         return 0
     use(model, "RMSNormalization")
     epsilon = node.attributes.get("epsilon", ir.AttrFloat32("epsilon", 1e-5))
-    match.put_instead(node, match.new_node(DOMAIN, "RMSNormalization", node.inputs[:2], {"e": epsilon}, [node]))
+    match.put_instead(
+        node, match.new_node(DOMAIN, "RMSNormalization", node.inputs[:2], {"e": epsilon}, [node])
+    )
     return 1
 
 

@@ -1,6 +1,6 @@
 """Rotary position embedding with rotated halves (arXiv 2104.09864, LLaMA's layout).
 
-    x cos + concat(-x[d/2:], x[:d/2]) sin   ->  qcompile.RotaryEmbedding(x, cos, sin)
+x cos + concat(-x[d/2:], x[:d/2]) sin   ->  qcompile.RotaryEmbedding(x, cos, sin)
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def _slice(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
     if node is None or len(node.inputs) < 4 or node.inputs[0] is None:
         return None
     start, end, axis = (match.scalar(v) for v in node.inputs[1:4])
-    step = match.scalar(node.inputs[4]) if len(node.inputs) > 4 and constant_array(node.inputs[4]) is not None else 1.0
+    step = (
+        match.scalar(node.inputs[4])
+        if len(node.inputs) > 4 and constant_array(node.inputs[4]) is not None
+        else 1.0
+    )
     if start is None or end is None or axis not in (-1.0, 3.0) or step != 1.0:
         return None
     return node.inputs[0], int(start), int(min(end, 2**62))
