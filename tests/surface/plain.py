@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -11,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.backends.base import Kernel
 from qcompile.graph.provenance import layer_name
-from qcompile.pipeline import Context, Target
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, Pass, Target
 
 VOCABULARY, WIDTH = 32, 16
 
@@ -78,3 +81,16 @@ def feeds(batch: int = 1, length: int = 6) -> dict[str, np.ndarray]:
     mask = np.ones_like(ids)
     mask[:, -1] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOutlier(Pass):
+    """An analysis that finds one site, for ``analyze``."""
+
+    name: ClassVar[str] = "outliers"
+    preserves: ClassVar[Preserves] = "analysis"
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        ctx.ledger.record("norm:norm", largest=30.5, channel=7)
+        ctx.ledger.skip("norm:other", "nothing reads it", "other_node")
+        return 0

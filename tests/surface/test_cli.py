@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from qcompile import cli
+from qcompile import cli, pipeline
 from tests.surface.plain import feeds
 from tests.surface.record import record
 
@@ -25,7 +25,8 @@ PLAIN = ("--recipe", "float", "--target", "plain")
 @pytest.fixture
 def calib(tmp_path: Path) -> Path:
     path = tmp_path / "calib.npz"
-    np.savez(path, **{name: np.concatenate([array, array]) for name, array in feeds().items()})
+    given = feeds(batch=2)
+    np.savez(path, input_ids=given["input_ids"], attention_mask=given["attention_mask"])
     return path
 
 
@@ -198,6 +199,20 @@ def test_help_and_tables_need_no_runtime() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines()[-1].split() == ["heavy:"]
     assert "--max-drop X" in shown.stdout and "os_plus" in shown.stdout and "w8a8_static" in shown.stdout
+
+
+def test_analyze_prints_a_row_for_each_site_or_json(
+    model: Path, calib: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pipeline.PASSES, "outliers", "tests.surface.plain:OneOutlier")
+    assert cli.main(["analyze", str(model), "--calib", str(calib)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [["site", "channel", "largest"], ["norm:norm", "7", "30.5"]]
+    assert lines[-1] == ["norm:other", "nothing", "reads", "it", "other_node"]
+    assert cli.main(["analyze", str(model), "--calib", str(calib), "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["sites"] == [{"site": "norm:norm", "largest": 30.5, "channel": 7}]
+    assert sorted(p.name for p in model.parent.iterdir()) == ["calib.npz", "tiny.onnx"]
 
 
 def test_explain_shows_sites_skips_and_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def test_a_full_disk_is_the_users_error_and_leaves_nothing(
         (target / "model.onnx").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / "model.onnx"))
 
-    monkeypatch.setattr(publish.shutil, "copytree", fail)
+    monkeypatch.setattr(shutil, "copytree", fail)
     with pytest.raises(UserError, match="no disk space left"):
         compile_float(model, output=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["temporary", "tiny.onnx"]
@@ -208,7 +208,7 @@ def test_a_missed_gate_raises_and_writes_nothing(model: Path, tmp_path: Path) ->
         ctx.ledger.current.facts["gate"] = {"metric": "perplexity", "drop": 0.5, "max_drop": 0.1}
         return run(loaded, ctx)
 
-    step.run = with_gate  # type: ignore[method-assign]
+    step.run = with_gate  # type: ignore[method-assign, assignment]
     with pytest.raises(GateError, match=r"perplexity dropped by 0\.5, allowed 0\.1; nothing was written"):
         compile_float(model, passes=[step], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
