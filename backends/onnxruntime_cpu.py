@@ -1,0 +1,100 @@
+"""ONNX Runtime on CPU: integer matmul kernels, float islands in the spellings that it runs fastest.
+
+rewrite:  static linears -> MatMulIntegerToFloat, attention -> Attention-23, token tensors -> matrices
+needs:    the canonical form; quantisation as ``graph/qdq.py`` writes it
+ensures:  the function of the IR, up to float rounding; names, types and axes of inputs and outputs stay
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompile.backends.base import Kernel
+from qcompile.backends.ort import (
+    attention,
+    flatten,
+    floats,
+    inspection,
+    linear,
+    per_token,
+    tables,
+    weight_only,
+)
+from qcompile.backends.ort.names import name_products
+from qcompile.graph.functions import DOMAIN
+from qcompile.pipeline import Context, Target
+
+OPSET = 23  # Attention, RMSNormalization
+IR_VERSION = 11
+EXTERNAL_BYTES = 64 * 2**20  # a larger program keeps its tensors in model.onnx.data
+
+
+class OnnxRuntimeCpu:
+    """The CPU execution provider of ONNX Runtime."""
+
+    target = Target(
+        name="cpu",
+        backend="onnxruntime",
+        description="ONNX Runtime, CPU (x86-64 and arm64)",
+        kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits"),
+    )
+
+    def lower(self, model: ir.Model, ctx: Context) -> int:
+        model.graph.sort()
+        _raise_opset(model)
+        stored: dict[int, tables.Stored] = {}
+        counts = {
+            "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger),
+            "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
+            "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
+            "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, stored),
+            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger, stored),
+            "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, stored),
+            "float operators": floats.rewrite(model),
+        }
+        _tidy(model)
+        name_products(model)
+        ctx.ledger.current.facts["lowered"] = counts
+        return sum(counts.values())
+
+    def kernels(self, model: Path) -> list[Kernel]:
+        return inspection.kernels(model)
+
+    def package(self, model: ir.Model, folder: Path) -> None:
+        model.ir_version = IR_VERSION
+        initializers = model.graph.initializers
+        held = {
+            name: value.const_value for name, value in initializers.items() if value.const_value is not None
+        }
+        path = folder / "model.onnx"
+        if sum(tensor.nbytes for tensor in held.values()) > EXTERNAL_BYTES:
+            ir.save(model, path, external_data="model.onnx.data")
+            return
+        try:
+            ir.external_data.load_to_model(model)
+            ir.save(model, path)
+        finally:
+            for name, tensor in held.items():
+                initializers[name].const_value = tensor
+
+
+def _raise_opset(model: ir.Model) -> None:
+    if model.opset_imports.get("", 0) < OPSET:
+        model.opset_imports[""] = OPSET
+        model.graph.opset_imports[""] = OPSET
+    for imports in (model.opset_imports, model.graph.opset_imports):
+        imports.setdefault("com.microsoft", 1)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Remove what nothing reads; write the remaining functions of the project out."""
+    common.RemoveUnusedNodesPass()(model)
+    common.InlinePass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedNodesPass()(model)
+    common.NameFixPass()(model)
+    for imports in (model.opset_imports, model.graph.opset_imports):
+        imports.pop(DOMAIN, None)

@@ -1,0 +1,55 @@
+"""Which kernel each matmul of a packaged program reaches, read from the graph that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Kernel
+from qcompile.backends.ort.linear import PRODUCTS
+from qcompile.backends.ort.names import SITE
+
+LOW_BIT = (
+    "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul",
+)  # fmt: skip
+REASON = "qcompile.reason"
+
+
+def kernels(path: Path) -> list[Kernel]:
+    """One entry for each product in the program at ``path``, in graph order."""
+    packaged = ir.load(path)
+    known = {node.name: node for node in packaged.graph}
+    order = {name: place for place, name in enumerate(known)}
+    products = [node for node in _optimised(path).graph if node.op_type in PRODUCTS]
+    products.sort(key=lambda node: order.get(node.name, len(order)))
+    return [_described(node, known) for node in products]
+
+
+def _optimised(path: Path) -> ir.Model:
+    from qcompile.calibration.runner import open_session
+
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        target = Path(folder) / "optimised.onnx"
+        open_session(path, optimised_path=target)
+        return ir.load(target)
+
+
+def _described(node: ir.Node, known: dict[str | None, ir.Node]) -> Kernel:
+    source = known.get(node.name)
+    site = source.metadata_props.get(SITE, "") if source is not None else ""
+    low_bit = node.op_type in LOW_BIT
+    return Kernel(
+        site=site or str(node.name),
+        kernel=node.op_type,
+        low_bit=low_bit,
+        reason="" if low_bit else _reason(node, source),
+    )
+
+
+def _reason(node: ir.Node, source: ir.Node | None) -> str:
+    if node.op_type in ("Attention", "MultiHeadAttention"):
+        return "products of activations: no integer kernel holds the softmax between them"
+    noted = source.metadata_props.get(REASON, "") if source is not None else ""
+    return noted or "kept in float by the recipe"
