@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import time
@@ -22,7 +23,7 @@ from qcompile.progress import say
 PROOF_SAMPLES = 2
 LOST_DB = -200.0  # NaN came out, or something came of nothing
 LAYERS_AT_A_TIME = 64
-ROWS = 1024  # rows compared at a time, so that a large vocabulary costs no memory
+VALUES = 1 << 20  # compared at a time, so that a large vocabulary costs no memory
 Interface = list[dict[str, object]]
 Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
 
@@ -55,8 +56,9 @@ class Difference:
         else:
             before, after = (x.reshape(x.shape[0] if x.ndim else 1, -1) for x in (before, after))
             rows = np.arange(before.shape[0])
-        for start in range(0, len(rows), ROWS):
-            some = rows[start : start + ROWS]
+        count = max(1, VALUES // max(1, before.shape[1]))
+        for start in range(0, len(rows), count):
+            some = rows[start : start + count]
             self._add_rows(before[some].astype(np.float64), after[some].astype(np.float64))
 
     def _add_rows(self, before: np.ndarray, after: np.ndarray) -> None:
@@ -200,6 +202,7 @@ class Verify:
                 paths[name] = ctx.workspace.root / f"outputs-{stem}-{index}-{number}.npy"
                 np.save(paths[name], array)
             kept.append(paths)
+        gc.collect()  # a session of onnxruntime sits in a reference cycle, and holds a copy of the weights
         return kept
 
     def some(self, ctx: Context) -> Iterator[Any]:
@@ -242,7 +245,7 @@ def _contract(step: Pass, what: str) -> QCompileError:
 
 
 class LayerErrors:
-    """Per-layer SQNR of a lossy pass: the outputs of the linears that exist before and after it, on one sample.
+    """Per-layer SQNR of ``quantise``: outputs of the linears that exist before and after it, on one sample.
 
     The figure of a layer includes the error that reaches it from the layers before.
     """

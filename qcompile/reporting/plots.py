@@ -123,9 +123,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _svg(canvas: Figure) -> str:
-    """The figure as an <svg> element without a date, fit for inlining."""
+    """The figure as an <svg> element, fit for inlining; its metadata, which holds the date, is cut out."""
     buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    canvas.savefig(buffer, format="svg")
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     return re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)

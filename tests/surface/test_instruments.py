@@ -158,3 +158,19 @@ def test_each_pass_has_a_line_on_stderr_and_none_on_stdout(
     shown = capsys.readouterr()
     assert "[2/3] honest: 1 rewrites, SQNR 40.0 dB" in shown.err
     assert shown.out == ""
+
+
+def test_a_wide_output_is_compared_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    add_rows = Difference._add_rows
+
+    def spy(self: Difference, before: np.ndarray, after: np.ndarray) -> None:
+        sizes.append(before.size)
+        add_rows(self, before, after)
+
+    monkeypatch.setattr("qcompile.instruments.VALUES", 100)
+    monkeypatch.setattr(Difference, "_add_rows", spy)
+    found = Difference()
+    found.add(np.ones((1, 9, 30)), np.full((1, 9, 30), 1.5), np.ones((1, 9), bool))
+    assert max(sizes) <= 100 and sum(sizes) == 270
+    assert found.error == 270 * 0.25
