@@ -19,14 +19,18 @@ CHUNK_BYTES = 256 << 20  # activations held at a time
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The best point of a search: per-channel scale and shift, the parameter, and the whole curve."""
+    """A site's transform: scale and shift of each channel, and the search behind them where there was one.
+
+    ``parameter`` is what was searched or given (a threshold, an exponent); ``baseline`` the loss of leaving the
+    site alone; ``curve`` all points (parameter, loss) that were tried.
+    """
 
     scale: np.ndarray
     shift: np.ndarray
-    parameter: float
-    loss: float
-    baseline: float
-    curve: list[tuple[float, float]]
+    parameter: float | None = None
+    loss: float | None = None
+    baseline: float | None = None
+    curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
 def channel_ranges(ctx: Context, model: ir.Model, sites: Sequence[Site]) -> list[tuple[np.ndarray, np.ndarray]]:
