@@ -233,7 +233,7 @@ def _store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, worksp
     with np.errstate(over="ignore"):
         cast = array.astype(np.float32)
     if not np.isfinite(cast).all():
-        raise UserError(
-            f"folding makes '{node.inputs[index].name}' non-finite", hint="the site's scale is too large"
-        )  # type: ignore[union-attr]
+        value = node.inputs[index]
+        name = value.name if value is not None else node.name
+        raise UserError(f"folding makes '{name}' non-finite", hint="the site's scale is too large")
     replace_constant(own_initializer(model, node, index), cast, workspace)

@@ -47,7 +47,8 @@ class Site:
     ``experts``: readers with a table of matrices (a mixture of experts), compensated like ``linears``.
     ``source``: the linear whose output carries the channels, channel i in column ``columns[i]`` (None: i).
     ``expand``: reader's row -> channel (None: the same); for q_k, ``partner[j]`` is the column of q that
-    meets channel ``expand[j]``. ``ties``: the channels that must have one scale have one number (rotary pairs).
+    meets channel ``expand[j]``. ``ties``: the channels that must have one scale (rotary pairs) share a
+    number.
     """
 
     kind: Kind

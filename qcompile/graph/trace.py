@@ -1,7 +1,7 @@
 """Where the channels of a value go: index arithmetic on the graph's own layout operators.
 
-Fused projections hold their heads in many orders ((heads, 3, d), (3, heads, d), groups). None is assumed here:
-a tensor of indices is pushed through the Reshape, Transpose, Split, Slice, Gather, Expand and Concat nodes that
+Fused projections hold their heads in many orders ((heads, 3, d), (3, heads, d), groups). None is assumed: a
+tensor of indices is pushed through the Reshape, Transpose, Split, Slice, Gather, Expand and Concat nodes that
 the graph really has, with small numbers in place of the dynamic axes.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,8 @@ from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
 
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
+_SMALL = (2, 3, 5, 7, 11, 13, 17, 19)
+_LARGE = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)  # no constant axis has these sizes
 _MAX_ELEMENTS = 1 << 22
 
 
@@ -27,7 +28,8 @@ _MAX_ELEMENTS = 1 << 22
 class Leaf:
     """A reader that is no layout operator (nor Shape).
 
-    ``codes``: for every element that it reads, the flat index in the start. ``passed``: operators on the way that are more than layout: "Mul" by one number, "RotaryEmbedding".
+    ``codes``: for every element that it reads, the flat index in the start.
+    ``passed``: operators on the way that are more than layout: "Mul" by one number, "RotaryEmbedding".
     """
 
     node: ir.Node | None  # None: the value is an output of the graph
@@ -48,17 +50,18 @@ class Trace:
 class Dimensions:
     """Small numbers for symbolic axes: the same symbol is the same number, expressions are computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = _SMALL) -> None:
+        self._numbers = numbers
         self._held: dict[str, int] = {}
 
     def shape(self, value: ir.Value) -> tuple[int, ...] | None:
         """The shape with numbers, -1 for an axis without a name; None when two are missing, or the rank."""
         if value.shape is None:
             return None
-        numbers = tuple(self._number(d) for d in value.shape)
+        numbers = tuple(self.number(d) for d in value.shape)
         return None if numbers.count(-1) > 1 else numbers
 
-    def _number(self, dimension: int | ir.SymbolicDim) -> int:
+    def number(self, dimension: int | ir.SymbolicDim) -> int:
         if isinstance(dimension, int):
             return dimension
         text = dimension.value
@@ -66,7 +69,9 @@ class Dimensions:
             return -1
         if text not in self._held:
             computed = self._computed(text)
-            self._held[text] = computed if computed is not None else _PRIMES[len(self._held) % len(_PRIMES)]
+            self._held[text] = (
+                computed if computed is not None else self._numbers[len(self._held) % len(self._numbers)]
+            )
         return self._held[text]
 
     def _computed(self, text: str) -> int | None:
@@ -82,7 +87,7 @@ class Dimensions:
         if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
             return tree.value
         if isinstance(tree, ast.Name):
-            return self._number(ir.SymbolicDim(tree.id))
+            return self.number(ir.SymbolicDim(tree.id))
         if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
             left, right = self._evaluate(tree.left), self._evaluate(tree.right)
             if left is None or right is None or (right == 0 and isinstance(tree.op, ast.FloorDiv)):
@@ -98,6 +103,13 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Pow: operator.pow,
 }
+
+
+def same_shape(left: Iterable[int | ir.SymbolicDim], right: Iterable[int | ir.SymbolicDim]) -> bool:
+    """Whether two lists of axes are equal, expressions of the same symbols included."""
+    dimensions = Dimensions(_LARGE)
+    numbers = [[dimensions.number(d) for d in axes] for axes in (left, right)]
+    return numbers[0] == numbers[1] and -1 not in numbers[0]
 
 
 def follow(start: ir.Value) -> Trace | None:

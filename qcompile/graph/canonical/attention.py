@@ -138,12 +138,19 @@ def _replace(model: ir.Model, softmax: ir.Node, scores: _Scores, workspace: Work
     (k, k_groups), (v, v_groups) = _unrepeated(k, q), _unrepeated(v, q)
     if k_groups != v_groups:
         return "keys and values are repeated differently"
+    if k_groups == 1 and _heads(k) == _heads(v) == 1:
+        k_groups = _heads(q) or 1  # multi-query: one head, broadcast
     bias = _bias(model, scores, end, workspace)
     node = _attention_node(model, [q, k, v, bias], scores.scale * q_scale * k_scale, k_groups, end)
     sources = [n for value in end.inputs if value is not None and (n := value.producer()) is not None]
     match.put_instead(end, node)
     match.remove_dead(model.graph, sources)
     return ""
+
+
+def _heads(value: ir.Value) -> int | None:
+    heads = value.shape[1] if value.shape is not None else None
+    return heads if isinstance(heads, int) else None
 
 
 def _attention_node(
@@ -249,7 +256,7 @@ def _bias(model: ir.Model, scores: _Scores, before: ir.Node, workspace: Workspac
     terms = [_scaled_bias(model, value, factor, before, workspace) for value, factor in scores.biases]
     terms += [_where_bias(node, path, zero, before) for node, path in scores.wheres]
     for value in list(terms):
-        _make_finite(model, value, workspace)
+        make_finite(model, value, workspace)
     total = terms[0] if terms else zero
     for term in terms[1:]:
         total = _inserted(before, "Add", [total, term])
@@ -280,7 +287,7 @@ def _where_bias(node: ir.Node, path: int, zero: ir.Value, before: ir.Node) -> ir
     return _inserted(before, "Where", inputs)
 
 
-def _make_finite(model: ir.Model, value: ir.Value, workspace: Workspace) -> None:
+def make_finite(model: ir.Model, value: ir.Value, workspace: Workspace) -> None:
     """Replace -inf constants that feed ``value`` (through Where, Add, Mul and views)."""
     pending, seen = [value], set()
     while pending:
