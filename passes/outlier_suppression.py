@@ -3,8 +3,8 @@
 rewrite:  linear(norm(x; gamma, beta), W, b)  ->  linear(norm(x; 1, beta / gamma), W * gamma, b)
           a reader that is no linear gets norm(x) * gamma
 needs:    gamma constant; W constant
-ensures:  equal to 1e-5; channels whose gamma is almost zero keep it (beta / gamma explodes)
-source:   arXiv 2209.13325, section 4.1; its token-wise clipping is the observer ``token_wise`` of ``quantise``
+ensures:  equal to 1e-5; a channel whose gamma is almost zero keeps it (beta / gamma explodes)
+source:   arXiv 2209.13325, section 4.1; its token-wise clipping is ``quantise``'s observer ``token_wise``
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
 from qcompile.backends.base import Backend, Lower, open_program
+from qcompile.calibration import text
 from qcompile.errors import ContractError, GateError, QCompileError, UserError
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
@@ -344,4 +345,16 @@ def analyze(
         samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length)
         ctx = context(workspace, settings, backends.by_name("cpu"), samples)
         run_pipeline(taken.model, pipeline, ctx, [Verify(), Timer(len(pipeline))])
-        return ctx.ledger.current.as_dict()
+        entry = ctx.ledger.current.as_dict()
+        if words is not None:
+            _spell_tokens(entry, words)
+        return entry
+
+
+def _spell_tokens(entry: dict[str, Any], words: Path) -> None:
+    """Write each named token's text beside its id."""
+    sites = entry["facts"].get("outliers", {}).get("sites", {}).values()
+    named = [token for site in sites for token in site["top_tokens"] if token["id"] is not None]
+    written = text.spelled(text.load_tokenizer(words), {token["id"] for token in named})
+    for token in named:
+        token["text"] = written.get(token["id"])

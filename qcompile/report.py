@@ -204,9 +204,9 @@ def _ranges(ranges: Mapping[str, Record]) -> Raw:
     if not ranges or not plots.available():
         return Raw("")
     chosen = sorted(ranges, key=lambda s: (-_reach(ranges[s]["before"]), s))[:MOST_RANGES]
-    drawn = [figure(plots.channel_ranges(ranges[s]["before"], ranges[s]["after"]), s) for s in chosen]
+    drawn = [figure(plots.channel_ranges(ranges[s]["before"], ranges[s].get("after")), s) for s in chosen]
     words = f"The {len(chosen)} widest of {len(ranges)} sites." if len(chosen) < len(ranges) else ""
-    return section("Channel ranges before and after", *([paragraph(words)] if words else []), pairs(drawn))
+    return section("Channel ranges", *([paragraph(words)] if words else []), pairs(drawn))
 
 
 def _reach(pair: Sequence[Sequence[float | None]]) -> float:

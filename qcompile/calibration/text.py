@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,12 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
+    """How the tokenizer writes each token; ids that it does not know are left out."""
+    found = {token: tokenizer.id_to_token(token) for token in ids}
+    return {token: text for token, text in found.items() if text is not None}
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

@@ -39,7 +39,7 @@ class Transform(Pass):
         return ("norm",)
 
     def how(self) -> Mode:
-        """``fold`` into the producer, ``insert`` run-time nodes; ``auto`` inserts behind norms that cannot fold."""
+        """``fold`` into producers, or ``insert`` nodes; ``auto`` inserts behind norms that cannot fold."""
         return "fold"
 
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -85,9 +85,9 @@ class Transform(Pass):
         )  # fmt: skip
         facts, name = ctx.ledger.current.facts, describe(site)
         if found.curve:
-            facts.setdefault("search", {})[name] = {
-                "t": [t for t, _ in found.curve], "loss": [v for _, v in found.curve], "best": found.parameter,
-            }  # fmt: skip
+            tried, losses = zip(*found.curve, strict=True)
+            curve = {"t": list(tried), "loss": list(losses), "best": found.parameter}
+            facts.setdefault("search", {})[name] = curve
         facts.setdefault("channel_ranges", {})[name] = {
             "before": [side.tolist() for side in ranges], "after": [side.tolist() for side in after],
         }  # fmt: skip
@@ -100,7 +100,7 @@ def obstacle(site: Site, mode: Mode) -> str:
     if mode == "auto" and not site.reason:
         return ""
     if len({id(linear.x) for linear in site.linears}) != 1 or site.experts:
-        return site.reason or "the readers see it through different views, so nothing can be inserted"
+        return site.reason or "its readers see it through different views: nothing can be inserted"
     if any(linear.chosen or linear.transposed for linear in site.linears):
         return site.reason
     return ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,15 +18,15 @@ from qcompile.commands.text import columns, show
 @click.argument("model")
 @options.calibration
 @options.allow_pickle
-@click.option("--json", "as_json", is_flag=True, help="Print the whole analysis as JSON.")
+@click.option("--json", "form", flag_value="json", help="Print the whole analysis as JSON.")
+@click.option("--csv", "form", flag_value="csv", help="Print the table as CSV.")
 @options.debug
 def analyze(
     model: str, calib: Path | None, tokenizer: Path | None, samples: int, length: int, allow_pickle: bool,
-    as_json: bool,
+    form: str | None,
 ) -> None:  # fmt: skip
     """Run the outliers analysis on MODEL and print one row for each site."""
     from qcompile import driver, manifest
-    from qcompile.report import site_columns
 
     entry = manifest.plain(
         driver.analyze(
@@ -31,14 +34,22 @@ def analyze(
             allow_pickle=allow_pickle,
         )
     )  # fmt: skip
-    if as_json:
+    heads = list(dict.fromkeys(head for site in entry["sites"] for head in site))
+    rows = [[site.get(head) for head in heads] for site in entry["sites"]]
+    if form == "json":
         click.echo(json.dumps(entry, indent=1, sort_keys=True, ensure_ascii=False))
-        return
-    heads = site_columns(entry["sites"])
-    if entry["sites"]:
-        click.echo(columns([[site.get(h) for h in heads] for site in entry["sites"]], heads))
+    elif form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([heads, *rows])
     else:
-        click.echo("no sites: this graph has no transformer block that qcompile recognises")
-    for note in entry["notes"]:
-        click.echo(note)
-    show("left alone", [(s["site"], s["reason"], s["node"]) for s in entry["skips"]])
+        click.echo(columns(rows, heads) if rows else "no sites: this graph has no linear layer")
+        for note in entry["notes"]:
+            click.echo(note)
+        show("tokens that own a range", _sinks(entry), ("site", "value", "channel", "position", "token"))
+        show("left alone", [(s["site"], s["reason"], s["node"]) for s in entry["skips"]])
+
+
+def _sinks(entry: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The largest token of each site whose range few tokens own; its text where a tokenizer was at hand."""
+    sites = entry["facts"].get("outliers", {}).get("sites", {})
+    found = [(name, site["top_tokens"][0]) for name, site in sites.items() if site["sink"]]
+    return [(name, t["value"], t["channel"], t["position"], t.get("text", t["id"])) for name, t in found]

@@ -59,15 +59,19 @@ def _low(height: float) -> float:
     return math.inf if math.isnan(height) else height
 
 
-def channel_ranges(before: Sequence[Any], after: Sequence[Any]) -> str:
-    """Smallest and largest value of each channel, before (left) and after (right). Each: (minima, maxima)."""
+def channel_ranges(before: Sequence[Any], after: Sequence[Any] | None) -> str:
+    """Smallest and largest value of each channel, before (left) and after (right). Each: (minima, maxima).
+
+    Without ``after`` (an analysis changes nothing) there is one plot.
+    """
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         canvas = _figure(7.0, 2.2)
         canvas.subplots_adjust(left=0.07, right=0.99, top=0.86, bottom=0.22, wspace=0.16)
-        for index, (title, pair) in enumerate((("before", before), ("after", after))):
-            axes = canvas.add_subplot(1, 2, index + 1)
+        shown = [("now", before)] if after is None else [("before", before), ("after", after)]
+        for index, (title, pair) in enumerate(shown):
+            axes = canvas.add_subplot(1, len(shown), index + 1)
             low, high = _merged(np.asarray(pair, dtype=np.float64))
             axes.fill_between(
                 np.arange(len(low)), low, high, step="mid", color=(GREY, BLUE)[index], linewidth=0

@@ -207,11 +207,13 @@ def test_analyze_prints_a_row_for_each_site_or_json(
     monkeypatch.setitem(pipeline.PASSES, "outliers", "tests.surface.plain:OneOutlier")
     assert cli.main(["analyze", str(model), "--calib", str(calib)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[:2] == [["site", "channel", "largest"], ["norm:norm", "7", "30.5"]]
+    assert lines[:2] == [["site", "largest", "channel"], ["norm:norm", "30.5", "7"]]
     assert lines[-1] == ["norm:other", "nothing", "reads", "it", "other_node"]
     assert cli.main(["analyze", str(model), "--calib", str(calib), "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)
     assert entry["sites"] == [{"site": "norm:norm", "largest": 30.5, "channel": 7}]
+    assert cli.main(["analyze", str(model), "--calib", str(calib), "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["site,largest,channel", "norm:norm,30.5,7"]
     assert sorted(p.name for p in model.parent.iterdir()) == ["calib.npz", "tiny.onnx"]
 
 
