@@ -38,8 +38,8 @@ class OsPlus(Transform):
     up_down: bool = True
     mode: Mode = "auto"
     objective: Literal["auto", "linear"] = "auto"
-    points: int = 40
-    refine: int = 8
+    points: int = 12
+    refine: int = 4
     tokens: int = 512
     t_min: float = 0.1
 

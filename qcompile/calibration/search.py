@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from qcompile.graph.sites import Site
 from qcompile.pipeline import Context
 
 CHUNK_BYTES = 256 << 20  # activations held at a time
+ROUNDS = 2  # of refinement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +117,11 @@ def _token_mask(sample: object, value: np.ndarray) -> np.ndarray | None:
 
 
 def threshold_grid(top: float, floor: float, points: int) -> np.ndarray:
-    """Candidate thresholds, largest first: linear as in the paper, denser below where outliers stretch the range."""
-    if top <= floor:
-        return np.array([top])
-    half = max(points // 2, 1)
-    grid = np.concatenate([np.linspace(top, floor, half), np.geomspace(top, floor, points - half)])
-    return np.unique(grid)[::-1]
+    """Candidate thresholds, largest first, evenly spaced in their logarithm.
+
+    The paper's linear grid spends all its points near the top where one outlier stretches the range.
+    """
+    return np.geomspace(top, floor, points) if top > floor else np.array([top])
 
 
 def search(
@@ -134,7 +133,8 @@ def search(
 ) -> Found:
     """The candidate with the smallest loss (ties: the first); the identity stays when nothing beats ``baseline``.
 
-    ``refine`` more points are tried between the neighbours of the best one.
+    Then ``refine`` more points, evenly spaced in their logarithm, are tried between the neighbours of the best
+    one, ``ROUNDS`` times.
     """
     curve: list[tuple[float, float]] = []
     best: tuple[float, float] | None = None
@@ -149,11 +149,13 @@ def search(
     for candidate in candidates:
         attempt(candidate)
     assert best is not None
-    order = sorted(p for p, _ in curve)
-    place = order.index(best[0])
-    low, high = order[max(place - 1, 0)], order[min(place + 1, len(order) - 1)]
-    for parameter in itertools.islice(np.linspace(high, low, refine + 2)[1:-1], refine):
-        attempt(float(parameter))
+    for _ in range(ROUNDS if refine else 0):
+        order = sorted(p for p, _ in curve)
+        place = order.index(best[0])
+        low, high = order[max(place - 1, 0)], order[min(place + 1, len(order) - 1)]
+        if low < high and low > 0:
+            for parameter in np.geomspace(high, low, refine + 2)[1:-1]:
+                attempt(float(parameter))
     scale, shift = transform(best[0])
     if not best[1] < baseline:
         return Found(np.ones_like(scale), np.zeros_like(shift), best[0], baseline, baseline, sorted(curve))

@@ -15,7 +15,7 @@ from qcompile.errors import UserError
 from qcompile.quant.schemes import WeightScheme
 
 SCALE_FLOOR = float(np.finfo(np.float32).tiny)
-MSE_SHRINKS = np.linspace(1.0, 0.4, 25)  # candidate clips, as a fraction of the min-max range
+MSE_SHRINKS = np.linspace(1.0, 0.4, 13)  # candidate clips, as a fraction of the min-max range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,8 @@ def _weight_affine(
     lo: np.ndarray, hi: np.ndarray, w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None
 ) -> Affine:
     best = affine_from_range(lo, hi, scheme.bits, scheme.symmetric, signed=True)
-    if scheme.clip == "minmax" or scheme.granularity == "per_tensor":
-        return best
+    if scheme.clip == "minmax" or scheme.granularity == "per_tensor" or scheme.bits == 8:
+        return best  # at 8 bits clipping does not pay
     error = _column_error(w, best, energy)
     scale, zero = best.scale.copy(), best.zero_point.copy()
     for shrink in MSE_SHRINKS[1:]:
