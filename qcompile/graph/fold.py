@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.errors import UserError
+from qcompile.errors import ContractError, UserError
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer, own_initializer, replace_constant
 from qcompile.graph.functions import is_op
@@ -26,8 +26,10 @@ from qcompile.graph.workspace import Workspace
 def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, workspace: Workspace) -> int:
     """Apply ``(x - shift) / scale`` to ``site``; both (channels of the producer,). Returns inserted nodes.
 
-    Raises UserError when a folded weight is not finite.
+    Raises UserError when a folded weight is not finite, ContractError for a site that has a reason.
     """
+    if site.reason:
+        raise ContractError(f"the site cannot be folded: {site.reason}", where=site.name)
     s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
     if site.kind == "q_k":
         return _fold_q_k(model, site, s, z, workspace)
@@ -41,15 +43,16 @@ def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, work
 
 
 def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, workspace: Workspace) -> int:
-    """Transform the linears' common input with run-time nodes where the producer cannot absorb it."""
+    """Transform the linears' common input at run time, where the producer cannot absorb it.
+
+    Returns the number of inserted nodes. Raises UserError when the linears read different views of it.
+    """
     s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
     s, z = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
     if site.kind == "q_k" or site.experts or len({id(linear.x) for linear in site.linears}) != 1:
         raise UserError("readers see the tensor through different views", where=site.name)
-    x = site.linears[0].x
-    first = site.linears[0].node
-    changed = _affine_nodes(model, x, 1 / s, -z / s, first, workspace)
-    for linear in site.linears:
+    changed = _affine_nodes(model, site.linears[0].x, 1 / s, -z / s, workspace)
+    for linear in map(_renewed, site.linears):
         linear.node.replace_input_with(0, changed)
         compensate(model, linear, s, z, workspace)
     return 2 if z.any() else 1
@@ -63,7 +66,8 @@ def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, wo
             raise UserError("a shift would need a bias for each expert", where=linear.name, hint="scale only")
         _add_bias(model, linear, z @ w, workspace)
     node, index = linear.holder
-    _store(model, node, index, w * s[:, None], workspace)
+    w = w * s[:, None]
+    _store(model, node, index, w.T if linear.transposed else w, workspace)
 
 
 def scale_columns(
@@ -164,8 +168,7 @@ def _restore_others(
         groups.setdefault(id(other.value), []).append(other)
     for found in groups.values():
         value = carrier if found[0].value is site.tensor else found[0].value
-        first = next((o.node for o in found if o.node is not None), None)
-        restored = _affine_nodes(model, value, s, z, first, workspace)
+        restored = _affine_nodes(model, value, s, z, workspace)
         for other in found:
             if other.node is not None:
                 other.node.replace_input_with(other.index, restored)
@@ -187,19 +190,16 @@ def _affine_nodes(
     x: ir.Value,
     factor: np.ndarray,
     offset: np.ndarray,
-    before: ir.Node | None,
     workspace: Workspace,
 ) -> ir.Value:
-    """x * factor (+ offset) just before the node ``before`` (at the end when it is None)."""
+    """x * factor (+ offset), right after the node that makes x."""
     steps = [("Mul", factor)] + ([("Add", offset)] if offset.any() else [])
     like = x.producer()
+    assert like is not None
     for op, array in steps:
         held = new_initializer(model, f"{x.name}_{op.lower()}", array.astype(np.float32), workspace)
-        node = match.new_node("", op, [x, held], {}, [like] if like is not None else [])
-        if before is not None:
-            model.graph.insert_before(before, node)
-        else:
-            model.graph.append(node)
+        node = match.new_node("", op, [x, held], {}, [like])
+        model.graph.insert_after(x.producer(), node)
         result = node.outputs[0]
         result.name, result.type, result.shape = f"{held.name}_out", x.type, x.shape
         x = result

@@ -52,6 +52,8 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognis
             left.append(Unrecognised(softmax, reason))
         else:
             count += 1
+    for node in match.nodes(model.graph, "Attention"):
+        _group(model, node)
     return count, left
 
 
@@ -135,13 +137,10 @@ def _replace(model: ir.Model, softmax: ir.Node, scores: _Scores, workspace: Work
     v = end.inputs[1]
     if q is None or v is None or any(x.shape is None or len(x.shape) != 4 for x in (q, k, v)):
         return "queries, keys and values are not of rank 4"
-    (k, k_groups), (v, v_groups) = _unrepeated(k, q), _unrepeated(v, q)
-    if k_groups != v_groups:
-        return "keys and values are repeated differently"
-    if k_groups == 1 and _heads(k) == _heads(v) == 1:
-        k_groups = _heads(q) or 1  # multi-query: one head, broadcast
     bias = _bias(model, scores, end, workspace)
-    node = _attention_node(model, [q, k, v, bias], scores.scale * q_scale * k_scale, k_groups, end)
+    use(model, "Attention")
+    scale = ir.AttrFloat32("scale", scores.scale * q_scale * k_scale)
+    node = match.new_node(DOMAIN, "Attention", [q, k, v, bias], {"s": scale}, [end])
     sources = [n for value in end.inputs if value is not None and (n := value.producer()) is not None]
     match.put_instead(end, node)
     match.remove_dead(model.graph, sources)
@@ -153,15 +152,21 @@ def _heads(value: ir.Value) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def _attention_node(
-    model: ir.Model, inputs: list[ir.Value], scale: float, groups: int, like: ir.Node
-) -> ir.Node:
-    name = "Attention" if groups == 1 else "GroupedAttention"
-    use(model, name)
-    attributes = {"s": ir.AttrFloat32("scale", scale)}
-    if groups > 1:
-        attributes["g"] = ir.AttrInt64("groups", groups)
-    return match.new_node(DOMAIN, name, inputs, attributes, [like])
+def _group(model: ir.Model, node: ir.Node) -> None:
+    """Attention over repeated, or broadcast, key heads  ->  GroupedAttention over the heads themselves."""
+    q, k, v, bias = node.inputs
+    if node.domain != DOMAIN or q is None or k is None or v is None:
+        return
+    (k, groups), (v, same) = _unrepeated(k, q), _unrepeated(v, q)
+    if groups == 1 and _heads(k) == _heads(v) == 1:
+        groups = same = _heads(q) or 1  # multi-query
+    if groups == 1 or groups != same:
+        return
+    use(model, "GroupedAttention")
+    attributes = {"s": node.attributes["scale"], "g": ir.AttrInt64("groups", groups)}
+    repeats = [n for value in node.inputs[1:3] if (n := match.producer(value)) is not None]
+    match.put_instead(node, match.new_node(DOMAIN, "GroupedAttention", [q, k, v, bias], attributes, [node]))
+    match.remove_dead(model.graph, repeats)
 
 
 def _context_product(softmax: ir.Node) -> ir.Node | None:

@@ -49,6 +49,30 @@ def constant_operand(node: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
     return None
 
 
+def constant_vector(value: ir.Value | None, depth: int = 4) -> np.ndarray | None:
+    """The content of a small constant, also when nodes still compute it (Gemma's gain is 1 + weight)."""
+    array = constant_array(value)
+    if array is not None or depth == 0:
+        return array if array is not None and array.size <= _VECTOR else None
+    node = producer(value, "Add", "Sub", "Mul", "Cast")
+    if node is None:
+        return None
+    operands = [constant_vector(v, depth - 1) for v in node.inputs]
+    if any(o is None for o in operands):
+        return None
+    if node.op_type == "Cast":
+        return np.asarray(operands[0], np.float32) if _to_float(node) else None
+    return np.asarray(_ARITHMETIC[node.op_type](*operands))
+
+
+_VECTOR = 1 << 20  # elements
+_ARITHMETIC = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply}
+
+
+def _to_float(node: ir.Node) -> bool:
+    return node.attributes["to"].as_int() == int(ir.DataType.FLOAT)
+
+
 def other_operand(node: ir.Node, known: ir.Value) -> ir.Value | None:
     left, right = node.inputs[0], node.inputs[1]
     return right if left is known else left if right is known else None

@@ -38,8 +38,10 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
             _replace(model, found, workspace)
             count += 1
     for node in match.nodes(model.graph, "RMSNormalization"):
+        _hold_parameters(model, node, workspace)
         count += _standard_rms(model, node)
     for node in match.nodes(model.graph, "LayerNormalization"):
+        _hold_parameters(model, node, workspace)
         count += _complete_layer_norm(model, node, workspace)
     return count
 
@@ -130,10 +132,12 @@ def _take_affine(found: _Spelled) -> None:
 
 
 def _vector(node: ir.Node | None) -> np.ndarray | None:
-    operands = match.constant_operand(node) if node is not None else None
-    if operands is None or operands[1].size == 0 or operands[1].shape[-1:] != (operands[1].size,):
-        return None
-    return operands[1].reshape(-1) if operands[1].size > 1 else None
+    """The constant operand of ``node`` when it is one number for each channel."""
+    for value in node.inputs if node is not None else ():
+        held = match.constant_vector(value)
+        if held is not None:
+            return held.reshape(-1) if held.size > 1 and held.shape[-1] == held.size else None
+    return None
 
 
 def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> None:
@@ -163,6 +167,15 @@ def _width(found: _Spelled) -> int | None:
         return int(found.gamma.size)
     shape = found.x.shape
     return int(shape[-1]) if shape is not None and isinstance(shape[-1], int) else None
+
+
+def _hold_parameters(model: ir.Model, node: ir.Node, workspace: Workspace) -> None:
+    """Gains and shifts that nodes still compute out of constants (1 + weight) become initializers."""
+    for index, value in enumerate(node.inputs[1:], 1):
+        held = match.constant_vector(value) if value is not None and constant_array(value) is None else None
+        if value is not None and held is not None:
+            new = new_initializer(model, f"{value.name}_held", held.astype(np.float32), workspace)
+            node.replace_input_with(index, new)
 
 
 def _standard_rms(model: ir.Model, node: ir.Node) -> int:
