@@ -1,0 +1,1 @@
+"""The tables of the README, one command each; see ``make benchmarks``."""

@@ -1,0 +1,116 @@
+"""Results as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = Mapping[str, Any]
+TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)"}
+
+
+def all_results(folder: Path = RESULTS) -> str:
+    """Every committed table, with its heading."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"### {TITLES[result['model']]}: {result['kind']}\n\n{render(result)}")
+    return "\n\n".join(parts)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """One result: its table, and what must be known to read it."""
+    draw = {"accuracy": accuracy, "speed": speed, "cost": cost}[result["kind"]]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
+    return f"{draw(result)}\n\n{result['machine']}; {versions}. {', '.join(commands)}"
+
+
+def accuracy(result: Mapping[str, Any]) -> str:
+    """One row a program, then the exceptions that a gate made."""
+    head = (
+        result["metric"], "calibration", "score", "CPU s", "peak MB", "file MB",
+        "kernels of the products", "static int8 / block linears",
+    )  # fmt: skip
+    rows = [_accuracy_row(row, result["digits"]) for row in result["rows"]]
+    text = table(head, rows)
+    if result["limit"]:
+        text += f"\n\n**Not the protocol:** only the first {result['limit']} windows or pairs."
+    notes = [note for row in result["rows"] if (note := _exceptions(row))]
+    return "\n\n".join([text, *notes])
+
+
+def _accuracy_row(row: Row, digits: int) -> Iterable[str]:
+    if row["error"]:
+        spent = number(row["cpu_seconds"]), number(row["peak_mb"])
+        return row["name"], row["calibration"], f"no result: {row['error']}", *spent, "", "", ""
+    kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
+    linears = row["linears"]
+    share = f"{linears['static_int8']} / {linears['block']}" if linears else ""
+    return (
+        row["name"], row["calibration"], f"{row['value']:.{digits}f}", number(row["cpu_seconds"]),
+        number(row["peak_mb"]), f"{row['file_mb']:.1f}", kernels, share,
+    )  # fmt: skip
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _exceptions(row: Row) -> str:
+    """The linears that a gate kept in a higher precision, by that precision."""
+    by_scheme: dict[str, list[str]] = defaultdict(list)
+    for name, scheme in row["exceptions"].items():
+        by_scheme[scheme].append(f"`{name}`")
+    texts = [f"{scheme}: {', '.join(names)}" for scheme, names in by_scheme.items()]
+    return f"Exceptions of {row['name']} ({row['calibration']}): {'; '.join(texts)}." if texts else ""
+
+
+def speed(result: Mapping[str, Any]) -> str:
+    """One table a shape: each program against the float export, and the roofline's bounds."""
+    parts = []
+    for row in result["rows"]:
+        shape = f"batch {row['batch']}, {row['tokens']} tokens"
+        head = (shape, "min ms", "median ms", "ratio of minima", "ratio of medians")
+        base = row["programs"][0]
+        lines = [_speed_line(program, base) for program in row["programs"]]
+        lines += [_bound_line(bound, base) for bound in row["bounds"]]
+        load = f"{row['rounds']} rounds in turns, {result['threads']} thread, load average {row['load']:.1f}"
+        parts.append(f"{table(head, lines)}\n\n{load}.")
+    return "\n\n".join(parts)
+
+
+def _speed_line(program: Row, base: Row) -> Sequence[str]:
+    ratios = (base["min_ms"] / program["min_ms"], base["median_ms"] / program["median_ms"])
+    times = (program["min_ms"], program["median_ms"])
+    return program["name"], *(f"{t:.2f}" for t in times), *(f"{r:.2f}" for r in ratios)
+
+
+def _bound_line(bound: Row, base: Row) -> Sequence[str]:
+    return bound["name"], f"{bound['ms']:.2f}", "", f"{base['min_ms'] / bound['ms']:.2f}", ""
+
+
+def cost(result: Mapping[str, Any]) -> str:
+    """One row an observer: peak memory at each number of samples, and how much it grew."""
+    counts = result["samples"]
+    columns = [f"{what}, {count} samples" for what in ("CPU s", "peak MB") for count in counts]
+    head = ("observer", *columns, "growth")
+    lines = []
+    for row in result["rows"]:
+        if row["error"]:
+            lines.append((row["name"], f"no result: {row['error']}", *[""] * (2 * len(counts))))
+            continue
+        peaks = row["peak_mb"]
+        growth = f"{100 * (peaks[-1] / peaks[0] - 1):+.1f} %"
+        lines.append((row["name"], *map(number, row["cpu_seconds"]), *map(number, peaks), growth))
+    return table(head, lines)
+
+
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; a ``|`` in a cell is escaped."""
+    lines = [list(head), ["---"] * len(head), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
