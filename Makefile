@@ -1,5 +1,6 @@
 # make demo   compile a real model (MiniLM) to 8 bits and show the report
 # make test   run the tests (ARGS="-k name" chooses some)
+# make benchmarks DATA=DIR   measure the README's figures anew; DIR holds stsb/ and wikitext-2/, takes an hour
 # make lint, make types, make wheel (builds it, and starts it with its base dependencies alone), make clean
 PYTHON ?= python3
 VENV   := .venv
@@ -9,7 +10,7 @@ INPUTS := pyproject.toml constraints.txt Makefile
 # One thread each: the tests run in two processes, and more threads than cores only slow both down.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo test lint types wheel clean benchmarks
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -18,6 +19,24 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+
+# No cell is from memory: every row is compiled and scored here. The speeds want an otherwise idle machine.
+DATA ?= data
+RESULTS := benchmarks/results
+MEASURE = $(BIN)/python -m benchmarks.$(1) --programs build/benchmarks --out $(RESULTS)/$(2)_$(1) \
+	--model $(2) --stsb $(DATA)/stsb --wikitext $(DATA)/wikitext-2
+benchmarks: $(VENV)/.dev
+	-$(PIP) onnxsim
+	test -d $(DATA)/stsb && test -d $(DATA)/wikitext-2
+	rm -f $(RESULTS)/*.json $(RESULTS)/*.md
+	$(call MEASURE,accuracy,minilm) --padded --peers all \
+		--rows float,w8a8_static:os_plus,w8a8:os_plus,w6a6_static:os_plus,w4a4_static:os_plus
+	$(call MEASURE,accuracy,smollm2) --peers ort_dynamic,ort_static_matmul \
+		--rows float,w8a8:os_plus,w8a8_static:os_plus@0.03,w6a6:os_plus,w6a6_static:os_plus@0.15
+	$(call MEASURE,cost,minilm)
+	$(call MEASURE,speed,minilm)
+	$(call MEASURE,speed,smollm2)
+	$(BIN)/python -m tests.house.readme_sections
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

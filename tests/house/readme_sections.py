@@ -62,11 +62,19 @@ def command_help() -> str:
     return f"```text\n{shown.stdout.strip()}\n```"
 
 
+def numbers() -> str:
+    """The tables of benchmarks/results."""
+    from benchmarks.tables import all_results
+
+    return all_results()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "help": command_help,
     "recipes": recipes,
     "passes": passes,
     "targets": targets,
+    "numbers": numbers,
 }
 
 
