@@ -122,7 +122,9 @@ def spelled(path: Path, text: str, opset: int = 21, **weights: np.ndarray) -> Pa
     return path
 
 
-def compare(source: Path, feeds: dict[str, np.ndarray], workspace: Workspace) -> tuple[ir.Model, Entry, float]:
+def compare(
+    source: Path, feeds: dict[str, np.ndarray], workspace: Workspace
+) -> tuple[ir.Model, Entry, float]:
     """The canonical form of ``source``, what was recorded, and the worst relative error over all outputs."""
     model, entry = canonicalised(source, workspace)
     return model, entry, relative_error(session(source), session(workspace.save(model, "after")), feeds)

@@ -154,9 +154,10 @@ def _heads(value: ir.Value) -> int | None:
 
 def _group(model: ir.Model, node: ir.Node) -> None:
     """Attention over repeated, or broadcast, key heads  ->  GroupedAttention over the heads themselves."""
-    q, k, v, bias = node.inputs
-    if node.domain != DOMAIN or q is None or k is None or v is None:
+    if node.domain != DOMAIN:
         return
+    q, k, v, bias = node.inputs
+    assert q is not None and k is not None and v is not None
     (k, groups), (v, same) = _unrepeated(k, q), _unrepeated(v, q)
     if groups == 1 and _heads(k) == _heads(v) == 1:
         groups = same = _heads(q) or 1  # multi-query

@@ -98,7 +98,8 @@ def _embed_layer_norm(draft: Draft, node: ir.Node) -> str:
     mask, places = given(node, 7), given(node, 8)
     if places is None:
         assert ids is not None
-        places = draft.range(draft.length(ids, 1))
+        # (1, S), not (S): ONNX Runtime 1.31 rewrites Gather(table, Range) to a Slice that it cannot run
+        places = draft.op("Unsqueeze", draft.range(draft.length(ids, 1)), draft.ints(0))
     total = draft.op("Add", draft.op("Gather", words, ids), draft.op("Gather", positions, places))
     if segments is not None and kinds is not None:
         total = draft.op("Add", total, draft.op("Gather", kinds, segments))
