@@ -92,6 +92,8 @@ def _raise_opset(model: ir.Model) -> None:
 def _tidy(model: ir.Model) -> None:
     """Remove what nothing reads; write the remaining functions of the project out."""
     common.RemoveUnusedNodesPass()(model)
+    for function in model.functions.values():
+        function.opset_imports[""] = model.opset_imports[""]  # their operators are the same in both
     common.InlinePass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedNodesPass()(model)

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.backends.ort.causal import Chunks, is_causal
 from qcompile.backends.ort.emit import node_before
 from qcompile.backends.ort.rotary import Rotary
 from qcompile.graph.canonical import match
@@ -44,7 +45,7 @@ class _Lowering:
 
     def __init__(self, model: ir.Model, workspace: Workspace) -> None:
         self.model, self.workspace = model, workspace
-        self.rotary = Rotary(model, workspace)
+        self.rotary, self.chunks = Rotary(model, workspace), Chunks(model, workspace)
         self.biases: dict[int, ir.Value] = {}
 
     def replace(self, node: ir.Node) -> str:
@@ -59,7 +60,11 @@ class _Lowering:
         scale = node.attributes["scale"].as_float()
         if not math.isclose(scale, width**-0.5, rel_tol=1e-6):
             attributes.append(ir.AttrFloat32("scale", scale))
-        new = node_before(node, "", "Attention", inputs, f"{node.outputs[0].name}.context", attributes)
+        name = f"{node.outputs[0].name}.context"
+        if bias is not None and len(inputs) == 4 and is_causal(bias):
+            new = self.chunks.attention(inputs, attributes, node, name)
+        else:
+            new = node_before(node, "", "Attention", inputs, name, attributes)
         _set(new.outputs[0], [*_leading(flat[0]), q_heads * v_width])
         self._put(node, new.outputs[0], q_heads, v_width)
         match.remove_dead(self.model.graph, [n for n in (x.producer() for x in (q, k, v)) if n is not None])

@@ -9,22 +9,22 @@ import onnx_ir as ir
 
 from qcompile.backends.base import Kernel
 from qcompile.backends.ort.linear import PRODUCTS
-from qcompile.backends.ort.names import SITE
+from qcompile.backends.ort.names import REASON, SITE
 
 LOW_BIT = (
     "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul",
 )  # fmt: skip
-REASON = "qcompile.reason"
 
 
 def kernels(path: Path) -> list[Kernel]:
-    """One entry for each product in the program at ``path``, in graph order."""
+    """One entry for each product in the program at ``path``, in graph order; attention in chunks is one."""
     packaged = ir.load(path)
     known = {node.name: node for node in packaged.graph}
     order = {name: place for place, name in enumerate(known)}
     products = [node for node in _optimised(path).graph if node.op_type in PRODUCTS]
     products.sort(key=lambda node: order.get(node.name, len(order)))
-    return [_described(node, known) for node in products]
+    found = [_described(node, known) for node in products]
+    return [k for place, k in enumerate(found) if k["kernel"] != "Attention" or k not in found[:place]]
 
 
 def _optimised(path: Path) -> ir.Model:

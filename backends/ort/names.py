@@ -8,6 +8,7 @@ from qcompile.backends.ort.linear import is_product
 from qcompile.graph.provenance import layer_name
 
 SITE = "qcompile.site"
+REASON = "qcompile.reason"  # why a product is not on an integer kernel
 
 
 def name_products(model: ir.Model) -> None:
