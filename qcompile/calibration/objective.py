@@ -24,11 +24,13 @@ MAX_REGION = 400  # nodes; a larger region is not the inside of one block
 
 @dataclasses.dataclass
 class Region:
-    """The nodes between linears' outputs and the next linears' inputs, as a model of its own."""
+    """The nodes between linears' outputs and the next linears' inputs, as a model of its own.
 
-    inputs: list[ir.Value]  # outputs of the site's linears
-    extra: list[ir.Value]  # values that come from elsewhere: masks, cos, sin, shapes
-    joins: list[ir.Value]
+    Values are held by the names they had when the region was cut: a later fold may rename them in the graph.
+    """
+
+    inputs: list[str]  # outputs of the site's linears
+    extra: list[str]  # values that come from elsewhere: masks, cos, sin, shapes
     kind: str
     model: bytes
 
@@ -45,9 +47,8 @@ def cut_region(model: ir.Model, site: Site) -> Region | None:
         return None
     extra = _outside(inside, outputs)
     return Region(
-        outputs,
-        extra,
-        joins,
+        [str(v.name) for v in outputs],
+        [str(v.name) for v in extra],
         "attention" if attention else "gated",
         _extract(model, inside, outputs + extra, joins),
     )
@@ -210,7 +211,7 @@ class Objective:
         results = []
         for part, shape, extra in zip(parts, self._shapes, self.extra, strict=True):
             feeds = dict(extra)
-            for value, columns in zip(self.region.inputs, np.split(part, self._columns, axis=1), strict=True):
-                feeds[str(value.name)] = columns.reshape(*shape, -1)
+            for name, columns in zip(self.region.inputs, np.split(part, self._columns, axis=1), strict=True):
+                feeds[name] = columns.reshape(*shape, -1)
             results.append(self._session.run(None, feeds))
         return results

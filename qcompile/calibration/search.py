@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.objective import Objective, Region, cut_region
 from qcompile.calibration.observers import ChannelRange, observe
-from qcompile.graph.sites import Site
+from qcompile.graph.sites import Site, as_linear
 from qcompile.pipeline import Context
 
 CHUNK_BYTES = 256 << 20  # activations held at a time
@@ -59,13 +59,13 @@ def objectives(
     for chunk in _chunks(sites, tokens):
         regions = [cut_region(model, site) if site.kind == "norm" and not plain else None for site in chunk]
         names = [str(site.linears[0].x.name) for site in chunk]
-        names += [str(v.name) for r in regions if r is not None for v in r.extra]
+        extra = [name for region in regions if region is not None for name in region.extra]
         runs = [
             (sample, {k: np.array(v) for k, v in values.items()})
-            for sample, values in ctx.runner.stream(model, samples, names, "searching")
+            for sample, values in ctx.runner.stream(model, samples, names + extra, "searching")
         ]
-        for site, region in zip(chunk, regions, strict=True):
-            yield site, _objective(ctx, site, region, runs)
+        for site, name, region in zip(chunk, names, regions, strict=True):
+            yield site, _objective(ctx, site, name, region, runs)
 
 
 def _chunks(sites: Sequence[Site], tokens: int) -> Iterator[list[Site]]:
@@ -93,13 +93,16 @@ def _first_tokens(ctx: Context, tokens: int) -> list[object]:
     return picked
 
 
-def _objective(ctx: Context, site: Site, region: Region | None, runs: list[tuple[object, dict[str, np.ndarray]]]) -> Objective:
-    name = str(site.linears[0].x.name)
+def _objective(
+    ctx: Context, site: Site, name: str, region: Region | None, runs: list[tuple[object, dict[str, np.ndarray]]]
+) -> Objective:
+    """``name`` is what the linears' input was called when ``runs`` were made."""
     rule = ctx.recipe.rule("linear", site.linears[0].name)
     x = [values[name] for _, values in runs]
-    extra_names = [str(v.name) for v in region.extra] if region is not None else []
+    extra_names = region.extra if region is not None else []
+    now = (as_linear(linear.node) for linear in site.linears)  # a fold of another site may have added a bias
     return Objective(
-        linears=site.linears,
+        linears=tuple(linear for linear in now if linear is not None),
         weights=rule.weights.model_copy(update={"clip": "minmax"}) if rule is not None and rule.weights is not None else None,
         activations=rule.activations if rule is not None else None,
         x=x,
