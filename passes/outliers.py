@@ -258,8 +258,8 @@ def _notes(found: dict[str, Any]) -> list[str]:
     if found["features"]:
         shown = [str(c["channel"]) for c in found["features"][:8]]
         notes.append(f"outlier features by LLM.int8's rule: channels {', '.join(shown)}")
-    for sink in ("first token", "few tokens"):
+    for sink, words in (("first token", "the first token"), ("few tokens", "a few tokens")):
         count = sum(1 for site in found["sites"].values() if site["sink"] == sink)
         if count:
-            notes.append(f"tensors that owe most of their range to the {sink}: {count}")
+            notes.append(f"tensors that owe most of their range to {words}: {count}")
     return notes
