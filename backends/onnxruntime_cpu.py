@@ -45,14 +45,14 @@ class OnnxRuntimeCpu:
     def lower(self, model: ir.Model, ctx: Context) -> int:
         model.graph.sort()
         _raise_opset(model)
-        stored: dict[int, tables.Stored] = {}
+        grown: dict[int, ir.Value] = {}
         counts = {
             "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger),
             "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
             "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
-            "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, stored),
-            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger, stored),
-            "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, stored),
+            "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, grown),
+            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger),
+            "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
             "float operators": floats.rewrite(model),
         }
         _tidy(model)

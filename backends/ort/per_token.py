@@ -25,7 +25,6 @@ from qcompile.backends.ort.linear import (
     integer_node,
     quantised_weight,
 )
-from qcompile.backends.ort.tables import Stored
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.provenance import layer_name
@@ -46,13 +45,13 @@ class _Rows:
     zero: ir.Value | None
 
 
-def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, stored: dict[int, Stored]) -> int:
+def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, tables: dict[int, ir.Value]) -> int:
     """Bring every per-token linear to its integer kernel; returns how many.
 
-    Tied tables that had to grow are noted in ``stored``.
+    Tied tables that had to grow are noted in ``tables``, by the id of their codes.
     """
     count = 0
-    lowering = _Lowering(model, workspace, stored)
+    lowering = _Lowering(model, workspace, tables)
     for node in match.nodes(model.graph, "FakeQuantizePerToken", "FakeQuantizePerTokenSymmetric"):
         found = [(product, quantised_weight(product)) for product in match.consumers(node.outputs[0])]
         fitting = []
@@ -87,8 +86,8 @@ def _has_row_zero(node: ir.Node) -> bool:
 class _Lowering:
     """Writes the quantiser of each x once, and grows each weight once."""
 
-    def __init__(self, model: ir.Model, workspace: Workspace, stored: dict[int, Stored]) -> None:
-        self.model, self.workspace, self.stored = model, workspace, stored
+    def __init__(self, model: ir.Model, workspace: Workspace, tables: dict[int, ir.Value]) -> None:
+        self.model, self.workspace, self.tables = model, workspace, tables
         self.grown: dict[tuple[int, int], ir.Value] = {}
 
     def replace(self, node: ir.Node, linears: list[tuple[ir.Node, QuantisedWeight]]) -> int:
@@ -177,7 +176,7 @@ class _Lowering:
             rows = correction_rows(held.sum(axis=axis, dtype=np.int64), count)
             grown = np.concatenate([held, rows.T if weight.transposed else rows], axis=axis)
             self.grown[key] = self._constant(f"{weight.codes.name}.grown", grown)
-            self.stored.setdefault(id(weight.codes), Stored(self.grown[key], 0))
+            self.tables[id(weight.codes)] = self.grown[key]
         return self.grown[key]
 
     def _constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:

@@ -2,12 +2,10 @@
 
     Gather(DequantizeLinear(codes (V, C), scale (V), zero (V)), ids)
         ->  (Cast(Gather(codes, ids)) - Gather(zero, ids)) * Gather(scale, ids)
-A tied head reads the same codes, perhaps in another layout (``Stored``): the file holds one table.
+A tied head reads the same codes, perhaps with more columns (``grown``): the file holds one table.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import onnx_ir as ir
@@ -20,16 +18,8 @@ from qcompile.graph.workspace import Workspace
 from qcompile.ledger import Ledger
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a table's codes are: the first C numbers of each row of ``held`` (V, ...), plus ``offset``."""
-
-    held: ir.Value
-    offset: int
-
-
-def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, stored: dict[int, Stored]) -> int:
-    """Look up codes instead of floats; ``stored``: new layouts, by id of a table's codes."""
+def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, grown: dict[int, ir.Value]) -> int:
+    """Look up codes instead of floats; ``grown``: by id of a table's codes, the wider table."""
     count = 0
     for gather in match.nodes(model.graph, "Gather"):
         dequantize = match.producer(gather.inputs[0], "DequantizeLinear")
@@ -41,9 +31,7 @@ def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, stored: dict[
         if reason:
             ledger.skip(layer_name(gather), reason, str(gather.name))
             continue
-        _Lookup(model, workspace, gather, held.shape[1]).replace(
-            dequantize, stored.get(id(codes), Stored(codes, 0))
-        )
+        _Lookup(model, workspace, gather, held.shape[1]).replace(dequantize, grown.get(id(codes), codes))
         count += 1
     return count
 
@@ -63,35 +51,21 @@ class _Lookup:
         self.model, self.workspace, self.gather, self.width = model, workspace, gather, width
         self.name = str(gather.outputs[0].name)
 
-    def replace(self, dequantize: ir.Node, table: Stored) -> None:
+    def replace(self, dequantize: ir.Node, table: ir.Value) -> None:
         ids = self.gather.inputs[1]
         codes = self._codes(table, ids)
         real = self._put("Cast", [codes], "real", [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
         zero = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
         array = constant_array(zero)
-        if array is not None and (array.any() or table.offset):
-            shifted = array.astype(np.float32) + table.offset
-            if (shifted == shifted[0]).all():
-                shift = new_initializer(self.model, "offset", shifted[0], self.workspace)
-            else:
-                held = new_initializer(self.model, f"{self.name}.zeros", shifted, self.workspace)
-                shift = self._row(held, ids, "zero")
-            real = self._put("Sub", [real, shift], "centred")
+        if array is not None and array.any():
+            held = new_initializer(self.model, f"{self.name}.zeros", array.astype(np.float32), self.workspace)
+            real = self._put("Sub", [real, self._row(held, ids, "zero")], "centred")
         scale = self._row(dequantize.inputs[1], ids, "scale")
         match.put_instead(self.gather, match.new_node("", "Mul", [real, scale], {}, [self.gather]))
 
-    def _codes(self, table: Stored, ids: ir.Value | None) -> ir.Value:
-        codes = self._put("Gather", [table.held, ids], "codes")
-        held = table.held.shape
-        assert held is not None
-        stride = int(np.prod(held.numpy()[1:]))
-        if len(held) > 2:
-            rank = len(ids.shape) if ids is not None and ids.shape is not None else 2
-            flat = new_initializer(
-                self.model, "flat", np.array([0] * rank + [stride], np.int64), self.workspace
-            )
-            codes = self._put("Reshape", [codes, flat], "flat_codes")
-        if stride != self.width:
+    def _codes(self, table: ir.Value, ids: ir.Value | None) -> ir.Value:
+        codes = self._put("Gather", [table, ids], "codes")
+        if table.shape is not None and table.shape[1] != self.width:
             bounds = [
                 new_initializer(self.model, hint, np.array([number], np.int64), self.workspace)
                 for hint, number in (("start", 0), ("width", self.width), ("last", -1))

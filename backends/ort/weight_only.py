@@ -1,9 +1,13 @@
 """Linears with low-bit weights and float activations.
 
     MatMul(x, DequantizeLinear(codes (K, N), scale, zero)) [+ Add(bias)]
-        ->  com.microsoft.MatMulNBits(x, packed, scale, zero, bias){bits, block_size, accuracy_level}
-The kernel stores 2, 4 or 8 bits; 3-bit codes take 4. Blocks along K are powers of two from 16: one scale for
-a column, or for a longer group, is repeated for each block; K is padded with zeros to whole blocks.
+        ->  com.microsoft.MatMulNBits(x, packed, scale, zero, bias){bits=4, block_size, accuracy_level=1}
+        ->  MatMul(x, (Cast(codes) - zero) * scale)     above 4 bits, and for a tied head
+Accuracy level 1 multiplies floats. Level 4 is faster but quantises x as well, which no weight-only recipe
+asks for: where x has outliers it was seen to change outputs by more than 4-bit weights do. At 8 bits level 1
+is 3 to 30 times slower than float, so ONNX Runtime expands the codes once, when the program is loaded.
+Codes of 2 and 3 bits take 4. Blocks along K are powers of two from 16: one scale for a column, or for a
+longer group, is repeated for each block; K is padded to whole blocks with codes of zero.
 """
 
 from __future__ import annotations
@@ -13,152 +17,141 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import MS
+from qcompile.backends.ort.emit import MS, node_before
 from qcompile.backends.ort.linear import QuantisedWeight, bias_of, quantised_weight, replace_linear
-from qcompile.backends.ort.tables import Stored
+from qcompile.backends.ort.names import REASON
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.provenance import layer_name
 from qcompile.graph.workspace import Workspace
 from qcompile.ledger import Ledger
 
-ACCURACY_LEVEL = (
-    4  # blocks of x become int8 in the kernel; levels below are slower than float at 2 and 8 bits
-)
+BITS = 4
+MIDDLE = 8  # the kernel's codes are 0..15 around it
+ACCURACY_LEVEL = 1
 LARGEST_BLOCK = 128
-CONTAINERS = (2, 4, 8)
+EXPANDED = "weights of more than 4 bits are expanded at load: the kernel that reads them is slower than float"
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Operands of MatMulNBits: packed u8 (N, blocks, bytes), scale (N, blocks), zero u8 or None."""
+    """Operands of MatMulNBits: codes u8 (N, blocks, block / 2), scale (N, blocks), zero u8 or None."""
 
-    packed: np.ndarray
+    codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None
-    bits: int
-    block: int
 
 
-def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, stored: dict[int, Stored]) -> int:
-    """Bring every remaining low-bit weight to MatMulNBits; returns how many."""
+def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger) -> int:
+    """Bring the remaining low-bit weights to MatMulNBits, or let them expand at load; returns how many."""
     count = 0
     for product in match.nodes(model.graph, "MatMul"):
         weight = quantised_weight(product)
         if weight is None:
             continue
         block = block_of(weight)
-        if block is None:
-            reason = "groups of rows are no multiple of 16, the smallest block of the kernel"
+        if block is not None and not weight.transposed and _fits(weight):
+            _replace(model, product, weight, block, workspace)
+            ledger.current.facts["accuracy_level"] = ACCURACY_LEVEL
+        else:
+            reason = _expand(model, product, weight, workspace)
+            product.metadata_props[REASON] = reason
             ledger.skip(layer_name(product), reason, str(product.name))
-            continue
-        _replace(model, product, weight, block, workspace, stored)
         count += 1
-    if count:
-        ledger.current.facts["accuracy_level"] = ACCURACY_LEVEL
-        ledger.note(
-            f"MatMulNBits quantises blocks of its float input to int8 (accuracy level {ACCURACY_LEVEL})"
-        )
     return count
 
 
 def block_of(weight: QuantisedWeight) -> int | None:
     """The largest block that the scales allow; for one scale a column, one that divides K if there is any."""
-    held = constant_array(weight.codes)
-    assert held is not None
-    k = held.shape[1 if weight.transposed else 0]
     if weight.per_column:
-        fitting = [b for b in (LARGEST_BLOCK, 64, 32, 16) if k % b == 0]
+        fitting = [b for b in (LARGEST_BLOCK, 64, 32, 16) if weight.rows % b == 0]
         return fitting[0] if fitting else 32
-    if weight.block == 0 or weight.axis != (1 if weight.transposed else 0):
+    if not weight.block or weight.axis != 0:
         return None
     block = weight.block & -weight.block  # the largest power of two that divides it
     return min(block, LARGEST_BLOCK) if block >= 16 else None
 
 
+def _fits(weight: QuantisedWeight) -> bool:
+    """Whether codes and zero points are 4-bit numbers."""
+    arrays = [a for v in (weight.codes, weight.zero) if (a := constant_array(v)) is not None]
+    return all(int(a.min()) >= -MIDDLE and int(a.max()) < MIDDLE for a in arrays)
+
+
 def _replace(
-    model: ir.Model,
-    product: ir.Node,
-    weight: QuantisedWeight,
-    block: int,
-    workspace: Workspace,
-    stored: dict[int, Stored],
+    model: ir.Model, product: ir.Node, weight: QuantisedWeight, block: int, workspace: Workspace
 ) -> None:
-    packed = pack(weight, block, smallest=8 if weight.transposed else 2)  # a table is looked up in bytes
-    name = str(weight.codes.name)
-    k, n = _shape(weight)
+    name, packed = str(weight.codes.name), pack(weight, block)
     inputs: list[ir.Value | None] = [
         product.inputs[0],
-        new_initializer(model, f"{name}.packed", packed.packed, workspace),
+        new_initializer(model, f"{name}.packed", packed.codes, workspace),
         new_initializer(model, f"{name}.block_scale", packed.scale, workspace),
         None if packed.zero is None else new_initializer(model, f"{name}.block_zero", packed.zero, workspace),
+        None,
     ]
-    if weight.transposed:
-        stored[id(weight.codes)] = Stored(inputs[1], 128)  # type: ignore[arg-type]
-    add, bias = bias_of(product, n)
-    inputs += [None, bias]
+    add, bias = bias_of(product, weight.columns)
+    inputs.append(bias)
     while inputs[-1] is None:
         inputs.pop()
-    numbers = {
-        "K": k,
-        "N": n,
-        "bits": packed.bits,
-        "block_size": packed.block,
-        "accuracy_level": ACCURACY_LEVEL,
-    }
+    numbers = {"K": weight.rows, "N": weight.columns, "bits": BITS, "block_size": block}
+    numbers["accuracy_level"] = ACCURACY_LEVEL
     attributes = [ir.AttrInt64(key, value) for key, value in numbers.items()]
     replace_linear(product, add, ir.Node(MS, "MatMulNBits", inputs, attributes, num_outputs=1))
 
 
-def _shape(weight: QuantisedWeight) -> tuple[int, int]:
-    held = constant_array(weight.codes)
-    assert held is not None
-    k, n = held.shape[::-1] if weight.transposed else held.shape
-    return int(k), int(n)
-
-
-def pack(weight: QuantisedWeight, block: int, smallest: int) -> Packed:
-    """The codes, unsigned around 2^(bits-1), in blocks along K."""
-    held, scale = constant_array(weight.codes), constant_array(weight.scale)
+def pack(weight: QuantisedWeight, block: int) -> Packed:
+    """The codes, unsigned around 8, in blocks along K."""
+    held, scale, zero = (constant_array(v) for v in (weight.codes, weight.scale, weight.zero))
     assert held is not None and scale is not None
-    zero = constant_array(weight.zero)
-    codes = (held if weight.transposed else held.T).astype(np.int16)  # (N, K)
+    codes = held.T
     n, k = codes.shape
     blocks = -(-k // block)
-    scales = _per_block(scale, weight, n, k, block)
-    zeros = (
-        np.zeros_like(scales, np.int16)
-        if zero is None
-        else _per_block(zero, weight, n, k, block).astype(np.int16)
-    )
-    bits = _container(codes, zeros, smallest)
-    middle = 1 << (bits - 1)
+    scales = _per_block(scale, weight, blocks, block).astype(np.float32)
+    zeros = np.zeros((n, blocks), np.int8) if zero is None else _per_block(zero, weight, blocks, block)
     padded = np.repeat(zeros, block, axis=1)
     padded[:, :k] = codes
-    packed = _bytes((padded + middle).astype(np.uint8), bits).reshape(n, blocks, block * bits // 8)
-    packed_zero = _bytes((zeros + middle).astype(np.uint8), bits) if zeros.any() else None
-    return Packed(packed, scales.astype(np.float32), packed_zero, bits, block)
+    packed = nibbles(padded + MIDDLE).reshape(n, blocks, block // 2)
+    return Packed(packed, np.ascontiguousarray(scales), nibbles(zeros + MIDDLE) if zeros.any() else None)
 
 
-def _per_block(array: np.ndarray, weight: QuantisedWeight, n: int, k: int, block: int) -> np.ndarray:
-    """A scale or zero point for each (column, block), (N, blocks)."""
-    blocks = -(-k // block)
+def _per_block(array: np.ndarray, weight: QuantisedWeight, blocks: int, block: int) -> np.ndarray:
+    """A scale or zero point for each (column, block)."""
     if weight.per_column:
-        return np.repeat(np.asarray(array).reshape(n, 1), blocks, axis=1)
-    by_group = array if weight.transposed else array.T  # (N, groups)
-    return by_group[:, np.arange(blocks) * block // weight.block]
+        return np.repeat(array.reshape(-1, 1), blocks, axis=1)
+    return array.T[:, np.arange(blocks) * block // weight.block]
 
 
-def _container(codes: np.ndarray, zeros: np.ndarray, smallest: int) -> int:
-    low, high = min(codes.min(), zeros.min()), max(codes.max(), zeros.max())
-    fitting = [b for b in CONTAINERS if b >= smallest and -(1 << (b - 1)) <= low and high < 1 << (b - 1)]
-    return fitting[0]
-
-
-def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (N, M) of ``bits`` in bytes (N, ceil(M bits / 8)), the first in the lowest bits."""
-    each = 8 // bits
-    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each))).reshape(codes.shape[0], -1, each)
-    shifts = (np.arange(each) * bits).astype(np.uint8)
-    packed: np.ndarray = np.bitwise_or.reduce(padded << shifts, axis=-1).astype(np.uint8)
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """Codes 0..15 (N, M) as bytes (N, ceil(M / 2)), the first of two in the low half."""
+    pairs = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).astype(np.uint8)
+    packed: np.ndarray = pairs[:, ::2] | pairs[:, 1::2] << 4
     return packed
+
+
+def _expand(model: ir.Model, product: ir.Node, weight: QuantisedWeight, workspace: Workspace) -> str:
+    """Spell the dequantisation in operators that are folded at load; returns why it is no kernel.
+
+    DequantizeLinear in front of MatMul would be fused to a MatMulNBits of accuracy level 4.
+    """
+    if weight.block:
+        return "no block of the 4-bit kernel fits these groups and bits"
+    name = weight.codes.name
+
+    def put(op: str, inputs: list[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
+        return node_before(product, "", op, inputs, f"{name}.{op}", attributes).outputs[0]
+
+    def line(value: ir.Value, kind: type[np.generic]) -> ir.Value:
+        """A vector along the quantised axis of the codes."""
+        held = constant_array(value)
+        assert held is not None
+        shaped = held.reshape((-1, 1) if weight.axis == 0 else (1, -1)).astype(kind)
+        return new_initializer(model, f"{name}.line", shaped, workspace)
+
+    expanded = put("Cast", [weight.codes], ir.AttrInt64("to", int(ir.DataType.FLOAT)))
+    if not weight.is_symmetric and weight.zero is not None:
+        expanded = put("Sub", [expanded, line(weight.zero, np.float32)])
+    expanded = put("Mul", [expanded, line(weight.scale, np.float32)])
+    if weight.transposed:
+        expanded = put("Transpose", [expanded], ir.AttrInt64s("perm", [1, 0]))
+    product.replace_input_with(1, expanded)
+    return "the head shares the table of the embedding" if weight.transposed else EXPANDED
