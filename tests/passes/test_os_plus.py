@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompile.calibration.search import objectives
+from qcompile.calibration.search import objectives, search
 from qcompile.graph.sites import describe, find_sites
 from qcompile.models.architectures import ARCHITECTURES, cached_export
 from qcompile.passes.smoothquant import smoothing
@@ -54,6 +54,17 @@ def test_where_nothing_helps_the_site_is_left_alone_and_the_ledger_says_so() -> 
             ("norm:norm", "no threshold beats leaving it alone")
         ]
         assert (found.constant("fc0.weight") == before).all()
+
+
+@pytest.mark.parametrize(("baseline", "kept"), ((0.5, True), (1.0, True), (1.1, False)))
+def test_a_search_that_does_not_beat_the_baseline_keeps_the_identity(baseline: float, kept: bool) -> None:
+    def transform(t: float) -> tuple[Array, Array]:
+        return np.full(3, 4 / t), np.full(3, t)
+
+    found = search([4.0, 2.0, 1.0], transform, lambda t, scale, shift: 1 + abs(t - 2), baseline, refine=2)
+    assert (found.scale == 1).all() == kept and (found.shift == 0).all() == kept
+    assert found.baseline == baseline and found.loss == (baseline if kept else 1.0)
+    assert found.parameter == 2.0 and len(found.curve) > 3
 
 
 def test_only_channels_beyond_the_threshold_are_scaled() -> None:
