@@ -194,13 +194,13 @@ def _affine_nodes(
 ) -> ir.Value:
     """x * factor (+ offset), right after the node that makes x."""
     steps = [("Mul", factor)] + ([("Add", offset)] if offset.any() else [])
-    like = x.producer()
-    assert like is not None
+    last = x.producer()
     for op, array in steps:
         held = new_initializer(model, f"{x.name}_{op.lower()}", array.astype(np.float32), workspace)
-        node = match.new_node("", op, [x, held], {}, [like])
-        model.graph.insert_after(x.producer(), node)
-        result = node.outputs[0]
+        assert last is not None
+        node = match.new_node("", op, [x, held], {}, [last])
+        model.graph.insert_after(last, node)
+        last, result = node, node.outputs[0]
         result.name, result.type, result.shape = f"{held.name}_out", x.type, x.shape
         x = result
     return x

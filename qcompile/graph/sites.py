@@ -188,8 +188,6 @@ class _Finder:
             reason = "gamma or beta is computed at run time"
         elif any(linear.transposed for linear in found):
             reason = "a reader is the tied head, whose table is the embedding"
-        elif len({linear.rows for linear in found}) != 1:
-            reason = "readers have different widths"
         elif not linears:
             reason = "every reader is an expert chosen for each token"
         yield Site("norm", layer_name(node), tensor, node, linears or experts, tuple(others), reason=reason,

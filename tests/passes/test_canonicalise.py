@@ -1,4 +1,4 @@
-"""One spelling: every architecture, from several exporters and with fused operators, gives the same counts."""
+"""One spelling: every architecture, exporter and fused variant gives the same counts."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def constant_vector(value: ir.Value | None, depth: int = 4) -> np.ndarray | None
     node = producer(value, "Add", "Sub", "Mul", "Cast")
     if node is None:
         return None
-    operands = [constant_vector(v, depth - 1) for v in node.inputs]
-    if any(o is None for o in operands):
+    operands = [held for v in node.inputs if (held := constant_vector(v, depth - 1)) is not None]
+    if len(operands) != len(node.inputs):
         return None
     if node.op_type == "Cast":
         return np.asarray(operands[0], np.float32) if _to_float(node) else None
