@@ -3,8 +3,8 @@
     python -m benchmarks.speed --model minilm --stsb DIR --out benchmarks/results/minilm_speed
 
 One thread unless --threads says otherwise, no spinning. Trust the ratios: whatever else the machine does
-falls on all programs alike. Programs that --programs already holds (``accuracy`` leaves them there) are not
-made again.
+falls on all programs alike, and least on CPU time, which does not count waiting for a CPU. Programs that
+--programs already holds (``accuracy`` leaves them there) are not made again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def _check(error: str, what: str) -> None:
 def measure(files: Mapping[str, Path], batch: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of every program at one shape, and the roofline's bounds in the same minutes."""
     from qcompile import roofline
-    from qcompile.commands.bench import in_turns, random_feeds
+    from qcompile.commands.bench import random_feeds
 
     export = next(iter(files.values()))
     feeds = random_feeds(export, batch, tokens)
@@ -70,11 +71,30 @@ def measure(files: Mapping[str, Path], batch: int, tokens: int, threads: int, ro
         "rounds": rounds,
         "load": options.load(),
         "programs": [
-            {"name": name, "min_ms": min(held), "median_ms": statistics.median(held)}
-            for name, held in zip(files, times, strict=True)
+            {
+                "name": name,
+                "min_ms": min(wall),
+                "median_ms": statistics.median(wall),
+                "cpu_ms": statistics.median(cpu),
+            }
+            for name, (wall, cpu) in zip(files, times, strict=True)
         ],
         "bounds": [{"name": name, "ms": 1e3 * seconds} for name, seconds in bounds.items()],
     }
+
+
+def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[list[float], list[float]]]:
+    """Wall and CPU milliseconds of ``rounds`` runs of each function, taken in turns after one to warm up."""
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in runs]
+    for run in runs:
+        run()
+    for _ in range(rounds):
+        for run, (wall, cpu) in zip(runs, times, strict=True):
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            wall.append(1e3 * (time.perf_counter() - started))
+            cpu.append(1e3 * (time.process_time() - used))
+    return times
 
 
 def _runner(path: Path, feeds: protocol.Arrays, threads: int) -> Callable[[], Any]:

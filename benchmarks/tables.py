@@ -75,7 +75,8 @@ def speed(result: Mapping[str, Any]) -> str:
     parts = []
     for row in result["rows"]:
         shape = f"batch {row['batch']}, {row['tokens']} tokens"
-        head = (shape, "min ms", "median ms", "ratio of minima", "ratio of medians")
+        times = ("min ms", "median ms", "median CPU ms")
+        head = (shape, *times, "ratio of minima", "ratio of medians", "ratio of CPU medians")
         base = row["programs"][0]
         lines = [_speed_line(program, base) for program in row["programs"]]
         lines += [_bound_line(bound, base) for bound in row["bounds"]]
@@ -85,13 +86,13 @@ def speed(result: Mapping[str, Any]) -> str:
 
 
 def _speed_line(program: Row, base: Row) -> Sequence[str]:
-    ratios = (base["min_ms"] / program["min_ms"], base["median_ms"] / program["median_ms"])
-    times = (program["min_ms"], program["median_ms"])
-    return program["name"], *(f"{t:.2f}" for t in times), *(f"{r:.2f}" for r in ratios)
+    kinds = ("min_ms", "median_ms", "cpu_ms")
+    ratios = (base[kind] / program[kind] for kind in kinds)
+    return program["name"], *(f"{program[kind]:.2f}" for kind in kinds), *(f"{r:.2f}" for r in ratios)
 
 
 def _bound_line(bound: Row, base: Row) -> Sequence[str]:
-    return bound["name"], f"{bound['ms']:.2f}", "", f"{base['min_ms'] / bound['ms']:.2f}", ""
+    return bound["name"], f"{bound['ms']:.2f}", "", "", f"{base['min_ms'] / bound['ms']:.2f}", "", ""
 
 
 def cost(result: Mapping[str, Any]) -> str:

@@ -49,7 +49,9 @@ def test_a_row_is_spelled_in_one_word(text: str, name: str, passes: str | None, 
     assert (wanted.name, wanted.passes, wanted.max_drop) == (name, passes, drop)
 
 
-def test_a_job_gives_its_result_or_the_last_line_of_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_gives_its_result_or_the_last_line_of_its_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "jobs.py").write_text(
         "import sys\n"
@@ -113,13 +115,13 @@ def test_exceptions_and_failures_are_in_the_table(tmp_path: Path) -> None:
 
 def test_ratios_are_of_the_float_export() -> None:
     programs = [
-        {"name": "float export", "min_ms": 10.0, "median_ms": 12.0},
-        {"name": "int8", "min_ms": 4.0, "median_ms": 6.0},
+        {"name": "float export", "min_ms": 10.0, "median_ms": 12.0, "cpu_ms": 9.0},
+        {"name": "int8", "min_ms": 4.0, "median_ms": 6.0, "cpu_ms": 3.0},
     ]
     row = {"batch": 1, "tokens": 8, "rounds": 3, "load": 0.5, "programs": programs}
     text = tables.speed({"threads": 1, "rows": [row | {"bounds": [{"name": "bound", "ms": 2.0}]}]})
-    assert "| int8 | 4.00 | 6.00 | 2.50 | 2.00 |" in text
-    assert "| bound | 2.00 |  | 5.00 |  |" in text
+    assert "| int8 | 4.00 | 6.00 | 3.00 | 2.50 | 2.00 | 3.00 |" in text
+    assert "| bound | 2.00 |  |  | 5.00 |  |  |" in text
 
 
 def test_growth_is_between_few_and_many_samples() -> None:
