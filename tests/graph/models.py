@@ -113,7 +113,7 @@ def canonicalise(model: ir.Model, workspace: Workspace) -> Entry:
     return ledger.current
 
 
-def spelled(path: Path, text: str, opset: int = 21, **weights: np.ndarray) -> Path:
+def spelled(path: Path, text: str, weights: dict[str, np.ndarray], opset: int = 21) -> Path:
     """Write the graph ``text`` (ONNX's own syntax) with ``weights`` as its initializers."""
     header = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
     proto = onnx.parser.parse_model(header + text)

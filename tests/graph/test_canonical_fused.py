@@ -249,7 +249,7 @@ def _value(name: str, kind: str, shape: list[int], random: np.random.Generator, 
 
 def write(case: Case, path: Path) -> Path:
     body = case.body.replace(" y", "\n y").replace(" k = ", "\n k = ").replace(" v = ", "\n v = ")
-    return spelled(path, f"g ({case.inputs}) => ({case.outputs}) {{ {body} }}", case.opset, **case.weights)
+    return spelled(path, f"g ({case.inputs}) => ({case.outputs}) {{ {body} }}", case.weights, case.opset)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -128,7 +128,7 @@ class Small:
 
 def small(body: str, path: Path, workspace: Workspace, **weights: np.ndarray) -> Small:
     """``body`` ends in outputs, such as ``=> (float[b, s, 8] y) { .. }``; used names get weights."""
-    source = spelled(path / "m.onnx", f"g (float[b, s, {WIDTH}] x) {body}", **weights)
+    source = spelled(path / "m.onnx", f"g (float[b, s, {WIDTH}] x) {body}", weights)
     return Small(canonicalised(source, workspace)[0], source, workspace)
 
 
@@ -211,7 +211,7 @@ def test_bias_takes_the_unscaled_weight(tmp_path: Path, workspace: Workspace) ->
     s, z = np.linspace(0.5, 2, WIDTH), np.linspace(-1, 1, WIDTH)
     compensate(held.model, linear, s, z, workspace)
     np.testing.assert_allclose(linear.w, w * s[:, None], rtol=1e-6)
-    np.testing.assert_allclose(linear.bias, b + z @ w, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(linear.bias), b + z @ w, rtol=1e-5)
 
 
 def test_shift_centres_every_channel(tmp_path: Path, workspace: Workspace) -> None:
@@ -390,13 +390,14 @@ def test_spellings_of_a_linear(name: str, tmp_path: Path, workspace: Workspace) 
 def test_gain_stored_as_weight_minus_one(tmp_path: Path, workspace: Workspace) -> None:
     """Gemma: the gain 1 + weight is still an Add of constants when it is wide."""
     body = PATTERNS["b_rms_norm"][1].replace("n = Mul (d, g)", "k = Add (g, one) n = Mul (d, k)")
-    body = body.replace("[b, s, 8]", "[b, s, 2048]").replace("MatMul (n, w)", "MatMul (n, w)")
+    body = body.replace("[b, s, 8]", "[b, s, 2048]")
     weights = dict(PATTERNS["b_rms_norm"][2])
     weights |= {"g": vector(1, 2048) - 1, "w": weight(3, 2048, 2048), "one": np.array(1, np.float32)}
-    source = spelled(tmp_path / "m.onnx", f"g (float[b, s, 2048] x) {body}", **weights)
+    source = spelled(tmp_path / "m.onnx", f"g (float[b, s, 2048] x) {body}", weights)
     model = canonicalised(source, workspace)[0]
     site = next(site for site in find_sites(model) if site.kind == "norm")
-    np.testing.assert_allclose(constant_array(site.producer.inputs[1]), weights["g"] + 1, rtol=1e-6)
+    gain = np.asarray(constant_array(site.producer.inputs[1]))
+    np.testing.assert_allclose(gain, weights["g"] + 1, rtol=1e-6)
     fold(model, site, *random_transform(site, 1), workspace)
     x = np.random.default_rng(0).normal(size=(1, 3, 2048)).astype(np.float32)
     assert relative_error(session(source), session(workspace.save(model, "a")), {"x": x}) <= TOLERANCE

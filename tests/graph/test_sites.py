@@ -214,7 +214,7 @@ WIDTH = 8
 
 def model_of(text: str, path: Path, workspace: Workspace, **weights: np.ndarray) -> ir.Model:
     graph = f"g (float[b, s, {WIDTH}] x) => {text}"
-    return canonicalised(spelled(path / "m.onnx", graph, **weights), workspace)[0]
+    return canonicalised(spelled(path / "m.onnx", graph, weights), workspace)[0]
 
 
 def square(seed: int = 0, rows: int = WIDTH, columns: int = WIDTH) -> np.ndarray:
