@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from qcompile.backends.ort.names import REASON, SITE
 LOW_BIT = (
     "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul",
 )  # fmt: skip
+_FUSED = re.compile(r"^fused |/\w+Fusion/?$")
 
 
 def kernels(path: Path) -> list[Kernel]:
     """One entry for each product in the program at ``path``, in graph order; attention in chunks is one."""
     packaged = ir.load(path)
-    known = {node.name: node for node in packaged.graph}
+    known = {str(node.name): node for node in packaged.graph}
     order = {name: place for place, name in enumerate(known)}
     products = [node for node in _optimised(path).graph if node.op_type in PRODUCTS]
-    products.sort(key=lambda node: order.get(node.name, len(order)))
+    products.sort(key=lambda node: order.get(_plain(node), len(order)))
     found = [_described(node, known) for node in products]
     return [k for place, k in enumerate(found) if k["kernel"] != "Attention" or k not in found[:place]]
 
@@ -36,8 +38,13 @@ def _optimised(path: Path) -> ir.Model:
         return ir.load(target)
 
 
-def _described(node: ir.Node, known: dict[str | None, ir.Node]) -> Kernel:
-    source = known.get(node.name)
+def _plain(node: ir.Node) -> str:
+    """The name in the packaged program; ONNX Runtime calls what it fuses ``fused x`` or ``x/SomeFusion/``."""
+    return _FUSED.sub("", str(node.name))
+
+
+def _described(node: ir.Node, known: dict[str, ir.Node]) -> Kernel:
+    source = known.get(_plain(node))
     site = source.metadata_props.get(SITE, "") if source is not None else ""
     low_bit = node.op_type in LOW_BIT
     return Kernel(

@@ -63,7 +63,7 @@ def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger) -> int:
 
 def block_of(weight: QuantisedWeight) -> int | None:
     """The largest block that the scales allow; for one scale a column, one that divides K if there is any."""
-    if weight.per_column:
+    if weight.per_column or (weight.axis == 0 and weight.block >= weight.rows):
         fitting = [b for b in (LARGEST_BLOCK, 64, 32, 16) if weight.rows % b == 0]
         return fitting[0] if fitting else 32
     if not weight.block or weight.axis != 0:

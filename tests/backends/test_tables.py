@@ -1,0 +1,62 @@
+"""One table of codes for the embedding and the tied head, in every scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from qcompile.graph.workspace import Workspace
+from tests.backends.ground import INT8, Feeds, Program, graph, lower, normal, per_token, static, weight_only
+
+V, C = 70, 32
+TOLERANCE = 2e-6
+
+
+def tied() -> ir.Model:
+    text = f"""g (int64[batch, seq] ids) => (float[batch, seq, {V}] logits) {{
+        x = Gather(table, ids)
+        n = LayerNormalization <axis = -1> (x, gain, shift)
+        turned = Transpose <perm = [1, 0]> (table)
+        logits = MatMul(n, turned)
+    }}"""
+    return graph(text, table=normal(V, C), gain=normal(C, seed=1), shift=normal(C, seed=2))
+
+
+def ids(batch: int, length: int) -> Feeds:
+    return {"ids": (normal(batch, length, seed=3) * 1000).astype("int64") % V}
+
+
+Quantiser = Callable[[ir.Model, Workspace], None]
+CASES: dict[str, tuple[Quantiser, str]] = {
+    "static": (static(), "QGemm"),
+    "per token": (per_token(8, symmetric=False), "QGemm"),
+    "per token, symmetric": (per_token(8, symmetric=True), "QGemm"),
+    "weight only": (weight_only(INT8), "MatMul"),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Program, str]:
+    quantise, kernel = CASES[request.param]
+    return lower(tied(), tmp_path / "p", quantise), kernel
+
+
+def test_head_and_embedding_share_their_codes(case: tuple[Program, str]) -> None:
+    program, kernel = case
+    assert [k["kernel"] for k in program.kernels] == [kernel]
+    tables = [
+        v
+        for v in program.written.graph.initializers.values()
+        if v.const_value and v.const_value.size >= V * C
+    ]
+    assert [v.dtype for v in tables] == [ir.DataType.INT8]
+    for shape in ((1, 1), (3, 5)):
+        assert program.difference(ids(*shape)) < TOLERANCE
+
+
+def test_only_the_rows_that_are_looked_up_become_floats(case: tuple[Program, str]) -> None:
+    program, _ = case
+    assert "DequantizeLinear" not in program.operators()
