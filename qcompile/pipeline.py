@@ -109,7 +109,7 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
     def spec(self) -> str:
         """The pass as the command line writes it: ``name{option=value}`` with the non-default options."""
         changed = [
-            f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={'none' if (value := getattr(self, f.name)) is None else value}"
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
@@ -134,6 +134,8 @@ class IrPass(Pass):
         changed = getattr(result, "model", result)
         if changed is not None and changed is not model:
             model.graph = changed.graph
+            model.functions.clear()
+            model.functions.update(changed.functions)
         return int(getattr(result, "modified", True))
 
 
@@ -148,7 +150,10 @@ def split_passes(text: str) -> list[tuple[str, dict[str, str]]]:
     while position < len(text):
         match = _ITEM.match(text, position)
         if match is None:
-            raise UserError(f"cannot read --passes at '{text[position:]}'", hint="write name or name{option=value}, with commas between")
+            raise UserError(
+                f"cannot read --passes at '{text[position:]}'",
+                hint="write name or name{option=value}, with commas between",
+            )
         found.append((match[1], _split_options(match[1], match[2] or "")))
         position = match.end()
     return found
@@ -160,6 +165,8 @@ def _split_options(name: str, text: str) -> dict[str, str]:
         key, equals, value = item.partition("=")
         if not equals or not key or not value:
             raise UserError(f"cannot read option '{item}' of pass '{name}'", hint="write option=value")
+        if key in options:
+            raise UserError(f"option '{key}' of pass '{name}' is given twice")
         options[key] = value
     return options
 
@@ -181,11 +188,22 @@ def make_pass(name: str, options: dict[str, str]) -> Pass:
     table = known_passes()
     if name not in table:
         raise unknown_name("pass", name, table)
-    module, _, attribute = table[name].partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        return IrPass(cls() if isinstance(cls, type) else cls, name)
-    return cls(**_typed(cls, options))
+    step = _registered(name, table[name])
+    if isinstance(step, type) and issubclass(step, Pass):
+        return step(**_typed(step, options))
+    if options:
+        raise UserError(f"pass '{name}' takes no options", hint="it is a plain onnx_ir pass or function")
+    return _as_pass(step, name)
+
+
+def _registered(name: str, place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in PASSES:
+            raise
+        raise UserError(f"pass '{name}' cannot be loaded from '{place}': {error}") from error
 
 
 def _typed(cls: type, options: dict[str, str]) -> dict[str, Any]:
@@ -210,7 +228,7 @@ def _convert(text: str, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if text == "none":
             return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        return _convert(text, next(a for a in typing.get_args(kind) if a is not type(None)), where)
     if kind is bool:
         if text.lower() in ("1", "true", "on", "yes"):
             return True
@@ -228,20 +246,35 @@ def _load_user_pass(name: str) -> Pass:
     path = Path(path_text)
     if not path.is_file():
         raise UserError(f"no file '{path}' for pass '{name}'")
+    module = _imported(path)
+    if not hasattr(module, function):
+        known = [n for n in vars(module) if not n.startswith("_")]
+        raise unknown_name(f"function in {path}", function, known)
+    step = getattr(module, function)
+    if isinstance(step, type) and issubclass(step, Pass):
+        return step()
+    return _as_pass(step, f"{path.name}:{function}")
+
+
+def _imported(path: Path) -> types.ModuleType:
+    """The user's file as a module."""
     spec = importlib.util.spec_from_file_location(f"qcompile_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    step = getattr(module, function, None)
-    if step is None:
-        raise unknown_name(f"function in {path}", function, [n for n in vars(module) if not n.startswith("_")])
-    if isinstance(step, type) and issubclass(step, Pass):
-        return step()
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"'{path}' cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _as_pass(step: Any, name: str) -> Pass:
+    """A plain onnx_ir pass (or its class), a function on the IR, or one on a graph-surgeon graph."""
     if isinstance(step, type) and issubclass(step, ir.passes.PassBase):
-        return IrPass(step(), f"{path.name}:{function}")
-    if _wants_graph_surgeon(step):
-        return IrPass(_through_graph_surgeon(step), f"{path.name}:{function}")
-    return IrPass(step, f"{path.name}:{function}")
+        step = step()
+    if not callable(step) or isinstance(step, type):
+        raise UserError(f"'{name}' is no pass", hint="give an onnx_ir pass, or a function on ir.Model")
+    return IrPass(_through_graph_surgeon(step) if _wants_graph_surgeon(step) else step, name)
 
 
 def _wants_graph_surgeon(step: Callable[..., Any]) -> bool:
@@ -250,15 +283,37 @@ def _wants_graph_surgeon(step: Callable[..., Any]) -> bool:
 
 
 def _through_graph_surgeon(step: Callable[[Any], Any]) -> Callable[[ir.Model], ir.Model]:
-    """Adapt a function on ``onnx_graphsurgeon.Graph`` (edited in place or returned) to the IR."""
+    """Adapt a function on ``onnx_graphsurgeon.Graph`` (edited in place or returned) to the IR.
+
+    The model is held in memory as a whole while it runs. Metadata, which graph-surgeon drops, is put back.
+    """
 
     def adapted(model: ir.Model) -> ir.Model:
         try:
             import onnx_graphsurgeon as gs
         except ImportError as error:
-            raise UserError("onnx-graphsurgeon is not installed", hint="pip install 'qcompile-nn[graphsurgeon]'") from error
-        graph = gs.import_onnx(ir.to_proto(model))
+            hint = "pip install 'qcompile-nn[graphsurgeon]'"
+            raise UserError("onnx-graphsurgeon is not installed", hint=hint) from error
+        whole = model.clone()
+        ir.external_data.load_to_model(whole)
+        graph = gs.import_onnx(ir.to_proto(whole))
         result = step(graph)
-        return ir.from_proto(gs.export_onnx(graph if result is None else result))
+        changed: ir.Model = ir.from_proto(gs.export_onnx(graph if result is None else result))
+        _put_back_metadata(model, changed)
+        return changed
 
     return adapted
+
+
+def _put_back_metadata(before: ir.Model, after: ir.Model) -> None:
+    """Give the nodes and values of ``after`` the metadata of their namesakes: the user's names live there."""
+    nodes = {node.outputs[0].name: node for node in before.graph}
+    for node in after.graph:
+        known = nodes.get(node.outputs[0].name)
+        if known is not None and known.op_type == node.op_type:
+            node.metadata_props.update(known.metadata_props)
+            for value, old in zip(node.outputs, known.outputs, strict=False):
+                value.metadata_props.update(old.metadata_props)
+    for name, value in after.graph.initializers.items():
+        if name in before.graph.initializers:
+            value.metadata_props.update(before.graph.initializers[name].metadata_props)

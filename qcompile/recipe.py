@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qcompile.errors import UserError, unknown_name
 from qcompile.quant.schemes import ActivationScheme, WeightScheme, parse_name
@@ -48,8 +48,21 @@ class Rule(BaseModel):
     weights: WeightScheme | None = None
     activations: ActivationScheme | None = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> Rule:
+        if self.op == "embedding" and self.activations is not None:
+            raise ValueError("an embedding takes token ids, it has no activations to quantise")
+        if self.op == "attention" and self.weights is not None:
+            raise ValueError("attention has no weights of its own")
+        acts = self.activations
+        if self.op == "attention" and acts is not None and not acts.plain:
+            raise ValueError("attention takes static activations with granularity 'per_tensor'")
+        return self
+
     def matches(self, op: Op, name: str) -> bool:
-        return self.op == op and fnmatch.fnmatchcase(name, self.scope)
+        """Whether the sentence speaks of ``op`` at ``name``; the second linear of a module is ``module#2``."""
+        module = name.partition("#")[0]
+        return self.op == op and any(fnmatch.fnmatchcase(n, self.scope) for n in (name, module))
 
 
 class Recipe(BaseModel):
@@ -62,11 +75,6 @@ class Recipe(BaseModel):
     def rule(self, op: Op, name: str) -> Rule | None:
         """The last rule that speaks of ``op`` at ``name``; None keeps it float."""
         return next((r for r in reversed(self.rules) if r.matches(op, name)), None)
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether any activation range is static."""
-        return any(r.activations is not None and not r.activations.dynamic for r in self.rules)
 
 
 EMBEDDING = WeightScheme(bits=8, granularity="per_channel")
@@ -107,14 +115,21 @@ def load(text: str) -> Recipe:
 
 
 def _from_table(path: Path, raw: dict[str, Any]) -> Recipe:
-    base = by_name(raw.pop("base")) if "base" in raw else Recipe(name=path.stem)
+    base = by_name(str(raw.pop("base"))) if "base" in raw else Recipe(name=path.stem)
     rules = raw.pop("rule", [])
     if raw:
         raise unknown_name(f"key of recipe '{path}'", next(iter(raw)), ["base", "rule"])
+    if not isinstance(rules, list):
+        raise UserError(f"recipe '{path}': 'rule' is no list of tables", hint="write [[rule]]")
+    added = tuple(_rule(path, number, rule) for number, rule in enumerate(rules, 1))
+    return Recipe(name=path.stem, rules=base.rules + added)
+
+
+def _rule(path: Path, number: int, raw: Any) -> Rule:
     try:
-        added = tuple(Rule.model_validate(r) for r in rules)
+        return Rule.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise UserError(f"recipe '{path}': {place}: {first['msg']}") from error
-    return Recipe(name=path.stem, rules=base.rules + added)
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UserError(f"recipe '{path}', rule {number}: {what}") from error

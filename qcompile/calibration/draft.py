@@ -1,7 +1,7 @@
 """A plan of what is quantised how, and the graph that follows from it: built again for every trial.
 
-A trial is a clone of the float model (tensors are references to files, so a clone is small) with one choice of
-schemes; weights are quantised once and reused.
+A trial is a clone of the float model (tensors are references to files, so a clone is small) with one choice
+of schemes; weights are quantised once and reused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qcompile.calibration.ranges import Ranges, outlier_columns
 from qcompile.errors import ContractError
 from qcompile.graph.edits import constant_array
+from qcompile.graph.functions import is_op
 from qcompile.graph.provenance import original_name
 from qcompile.graph.qdq import (
     keep_columns,
@@ -26,24 +27,26 @@ from qcompile.graph.qdq import (
     table_of,
 )
 from qcompile.graph.sites import ATTENTIONS, Linear, find_embeddings, find_linears
-from qcompile.graph.functions import is_op
 from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import QuantizedWeight, quantize_weight
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 from qcompile.recipe import Recipe
 
 SMALL_TABLE = 1 << 16  # elements; a smaller embedding is not worth codes
+NOTHING = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Schemes by name: weights by linear or table, activations by the value that is read, attention by node."""
+    """Schemes by name: weights by linear or table, activations by the value read, attention by its output."""
 
     weights: Mapping[str, WeightScheme]
     activations: Mapping[str, ActivationScheme]
     attention: Mapping[str, ActivationScheme]
 
-    def with_activation(self, changes: Mapping[str, ActivationScheme | None], readers: Mapping[str, list[str]]) -> Choice:
+    def with_activation(
+        self, changes: Mapping[str, ActivationScheme | None], readers: Mapping[str, list[str]]
+    ) -> Choice:
         """The choice with some activations changed; None makes the linears that read it float altogether."""
         activations, weights = dict(self.activations), dict(self.weights)
         for name, scheme in changes.items():
@@ -63,14 +66,15 @@ class Draft:
         self.model, self._workspace = model, workspace
         self.ranges = Ranges({}, {})
         self.left: list[tuple[str, str, str]] = []  # (site, reason, node): what the recipe leaves float
-        self._codes: dict[tuple[str, WeightScheme], QuantizedWeight] = {}
+        self._float_inputs: set[str] = set()  # linears that read their activation in float
+        self._codes: dict[tuple[str, WeightScheme, bytes], QuantizedWeight] = {}
         self.choice = self._choose(recipe)
 
     def readers(self) -> dict[str, list[str]]:
         """For each quantised activation the linears that read it."""
         found: dict[str, list[str]] = {}
         for linear in find_linears(self.model.graph):
-            if linear.x.name in self.choice.activations:
+            if linear.x.name in self.choice.activations and linear.name not in self._float_inputs:
                 found.setdefault(str(linear.x.name), []).append(linear.name)
         return found
 
@@ -89,7 +93,8 @@ class Draft:
         for node in list(model.graph):
             scheme = choice.attention.get(str(node.outputs[0].name)) if is_op(node, *ATTENTIONS) else None
             if scheme is not None:
-                quantize_attention(model, node, [self.ranges.affine(n, scheme, alpha) for n in _operands(node)], self._workspace)
+                operands = [self.ranges.affine(name, scheme, alpha) for name in _operands(node)]
+                quantize_attention(model, node, operands, self._workspace)
         return count + tables
 
     # ----------------------------------------------------------------- what the recipe says
@@ -101,18 +106,25 @@ class Draft:
             rule = recipe.rule("head" if linear.is_head else "linear", linear.name)
             if rule is None or rule.weights is None:
                 self.left.append((linear.name, "the recipe keeps it float", original_name(linear.node)))
+                self._float_inputs.add(linear.name)
                 continue
             weights[str(table_of(linear).name) if linear.transposed else linear.name] = rule.weights
-            if rule.activations is not None:
-                activations.setdefault(str(linear.x.name), rule.activations)
+            if rule.activations is None:
+                self._float_inputs.add(linear.name)
+            elif activations.setdefault(str(linear.x.name), rule.activations) != rule.activations:
+                why = f"its input is read as {activations[str(linear.x.name)]}, as another linear's rule says"
+                self.left.append((linear.name, why, original_name(linear.node)))
         for node in find_embeddings(self.model.graph):
             self._choose_table(node, recipe, weights)
-        attention = {
-            str(node.outputs[0].name): rule.activations
-            for node in self.model.graph
-            if is_op(node, *ATTENTIONS) and (rule := recipe.rule("attention", original_name(node))) is not None and rule.activations
-        }
-        return Choice(weights, activations, attention)
+        return Choice(weights, activations, self._choose_attention(recipe))
+
+    def _choose_attention(self, recipe: Recipe) -> dict[str, ActivationScheme]:
+        found = {}
+        for node in self.model.graph:
+            rule = recipe.rule("attention", original_name(node)) if is_op(node, *ATTENTIONS) else None
+            if rule is not None and rule.activations is not None:
+                found[str(node.outputs[0].name)] = rule.activations
+        return found
 
     def _choose_table(self, node: ir.Node, recipe: Recipe, weights: dict[str, WeightScheme]) -> None:
         table = node.inputs[0]
@@ -122,15 +134,26 @@ class Draft:
         if rule is None or rule.weights is None:
             self.left.append((original_name(table), "the recipe keeps it float", original_name(node)))
         elif size < SMALL_TABLE:
-            self.left.append((original_name(table), f"a table of {size} elements is too small to matter", original_name(node)))
+            why = f"a table of {size} elements is too small to matter"
+            self.left.append((original_name(table), why, original_name(node)))
         else:
             weights.setdefault(str(table.name), rule.weights)
 
     # ----------------------------------------------------------------- writing it
 
-    def codes(self, name: str, w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None) -> QuantizedWeight:
-        """The quantised weight, made once for each scheme and kept in the workspace."""
-        key = (name, scheme)
+    def codes(
+        self,
+        name: str,
+        w: np.ndarray,
+        scheme: WeightScheme,
+        energy: np.ndarray | None,
+        zeroed: np.ndarray = NOTHING,
+    ) -> QuantizedWeight:
+        """The quantised weight, made once for each scheme and kept in the workspace.
+
+        ``zeroed``: the rows of ``w`` that are zero since they are multiplied in float.
+        """
+        key = (name, scheme, zeroed.tobytes())
         if key not in self._codes:
             made = quantize_weight(w, scheme, energy)
             held = self._workspace.tensor(made.codes, name).numpy()
@@ -142,12 +165,19 @@ class Draft:
         if scheme is None:
             return 0
         w, x = np.asarray(linear.w, np.float32), str(linear.x.name)
-        activation = choice.activations.get(x)
-        if activation is not None and activation.outlier_threshold is not None:
-            columns = outlier_columns(self.ranges.observers[x], activation.outlier_threshold)
+        columns = NOTHING
+        if linear.name not in self._float_inputs:
+            columns = self._outliers(x, choice.activations.get(x))
             w = keep_columns(model, linear, columns, w, self._workspace)
-        quantize_linear_weight(model, linear, self.codes(linear.name, w, scheme, self.ranges.energy(x)), self._workspace)
+        codes = self.codes(linear.name, w, scheme, self.ranges.energy(x), columns)
+        quantize_linear_weight(model, linear, codes, self._workspace)
         return 1
+
+    def _outliers(self, x: str, scheme: ActivationScheme | None) -> np.ndarray:
+        """The channels of ``x`` that are multiplied in float."""
+        if scheme is None or scheme.outlier_threshold is None:
+            return NOTHING
+        return outlier_columns(self.ranges.observers[x], scheme.outlier_threshold)
 
     def _tables(self, model: ir.Model, choice: Choice) -> int:
         names = {str(t.name) for n in find_embeddings(model.graph) if (t := n.inputs[0]) is not None}
@@ -156,21 +186,27 @@ class Draft:
             table = model.graph.initializers[name]
             array = constant_array(table)
             assert array is not None
-            quantize_table(model, table, self.codes(name, array.T, choice.weights[name], None), self._workspace)
+            codes = self.codes(name, array.T, choice.weights[name], None)
+            quantize_table(model, table, codes, self._workspace)
             count += 1
         return count
 
     def _activations(self, model: ir.Model, linears: list[Linear], choice: Choice, alpha: float) -> None:
         groups: dict[str, list[Linear]] = {}
         for linear in linears:
-            groups.setdefault(str(linear.x.name), []).append(linear)
+            if linear.name not in self._float_inputs:
+                groups.setdefault(str(linear.x.name), []).append(linear)
         for name, found in groups.items():
             scheme = choice.activations.get(name)
             if scheme is None:
                 continue
             readers = [(linear.node, 0) for linear in found]
             if scheme.dynamic:
-                quantize_per_token(model, found[0].x, readers, scheme)
+                outliers = self._outliers(name, scheme)
+                ordinary = None
+                if outliers.size:
+                    ordinary = ~np.isin(np.arange(self.ranges.observers[name].absmax.size), outliers)
+                quantize_per_token(model, found[0].x, readers, scheme, self._workspace, ordinary)
                 continue
             affine = self.ranges.affine(name, scheme, alpha)
             axis = None if affine.scale.size == 1 else len(found[0].x.shape or ()) - 1

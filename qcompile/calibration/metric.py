@@ -1,7 +1,8 @@
 """One number for a whole model on the samples, to gate and to choose by.
 
-Causal language models (found by trying: an output over the vocabulary that does not look ahead): perplexity of
-the samples' own tokens. Any other model: 1 - mean cosine similarity of its output rows with the float model's.
+Causal language models (found by trying: an output over the vocabulary that does not look ahead): perplexity
+of the samples' own tokens. Any other model: 1 - mean cosine similarity of its output rows with the float
+model's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ IDS = "input_ids"
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """``value`` of the metric and each sample's own figure (nats per token, or 1 - cosine)."""
+    """``value`` of the metric and each sample's own figure (nats per token, or 1 - cosine).
+
+    Samples count alike, whatever their length.
+    """
 
     name: str
     value: float
@@ -71,22 +75,30 @@ class Metric:
 
     def _is_causal_lm(self, model: ir.Model) -> bool:
         shape = model.graph.outputs[0].shape
-        vocabularies = {v.shape[0] for n in find_embeddings(model.graph) if (v := n.inputs[0]) is not None and v.shape is not None}
+        tables = (node.inputs[0] for node in find_embeddings(model.graph))
+        vocabularies = {table.shape[0] for table in tables if table is not None and table.shape is not None}
         if not self._samples or IDS not in self._samples[0].feeds or shape is None or len(shape) != 3:
             return False
-        if shape[-1] not in vocabularies:
-            return False
+        width = shape[-1]
+        return isinstance(width, int) and width in vocabularies and self._looks_only_back(model, width)
+
+    def _looks_only_back(self, model: ir.Model, vocabulary: int) -> bool:
+        """Whether another last real token leaves the output at the real tokens before it as it was."""
         first = self._samples[0]
         ids = first.feeds[IDS]
-        if ids.shape[-1] < 2:
+        columns = np.arange(ids.shape[1])[None]
+        real = np.ones(ids.shape, bool) if first.mask is None else first.mask.astype(bool)
+        last = np.where(real, columns, -1).max(axis=1, keepdims=True)
+        earlier = real & (columns < last)
+        if not earlier.any():
             return False
-        changed = ids.copy()
-        changed[:, -1] = (changed[:, -1] + 1) % max(int(shape[-1]), 2)
-        other = dataclasses.replace(_plain(first), feeds={**first.feeds, IDS: changed})
+        changed = np.where(columns == last, (ids + 1) % max(vocabulary, 2), ids).astype(ids.dtype)
+        other = _Plain({**first.feeds, IDS: changed}, first.mask)
         before, after = (
-            values[self._output] for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
+            values[self._output][earlier]
+            for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
         )
-        return bool(np.allclose(before[:, :-1], after[:, :-1], rtol=1e-4, atol=1e-4))
+        return bool(np.allclose(before, after, rtol=1e-4, atol=1e-4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +107,13 @@ class _Plain:
     mask: np.ndarray | None
 
 
-def _plain(sample: Any) -> _Plain:
-    return _Plain(sample.feeds, sample.mask)
-
-
 def _nats(logits: np.ndarray, sample: Any) -> float:
-    """Mean negative log-likelihood of the next token over real positions."""
+    """Mean negative log-likelihood of the next token, over pairs of neighbours that are both real."""
     ids, total, count = sample.feeds[IDS], 0.0, 0
     for row in range(ids.shape[0]):
         targets = ids[row, 1:]
-        real = np.ones(targets.size, bool) if sample.mask is None else sample.mask[row, 1:].astype(bool)
+        mask = np.ones(ids.shape[1], bool) if sample.mask is None else sample.mask[row].astype(bool)
+        real = mask[1:] & mask[:-1]
         scores = logits[row, :-1][real]
         top = scores.max(axis=-1)
         log_sum = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))

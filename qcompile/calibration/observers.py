@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.errors import UserError
+from qcompile.graph.provenance import original_name
 from qcompile.pipeline import Context
 from qcompile.quant.numerics import affine_from_range
 
@@ -44,7 +46,7 @@ class LogHistogram:
         nonzero = magnitude >= self.SMALLEST
         self.counts[self._size] += flat.size - int(np.count_nonzero(nonzero))
         picked = flat[nonzero]
-        bins = (np.log(magnitude[nonzero]) / self._log_growth).astype(np.int64) - self._offset
+        bins = np.floor(np.log(magnitude[nonzero]) / self._log_growth).astype(np.int64) - self._offset
         np.clip(bins, 0, self._size - 1, out=bins)
         signed = np.where(picked > 0, self._size + 1 + bins, self._size - 1 - bins)
         self.counts += np.bincount(signed, minlength=self.counts.size)
@@ -52,7 +54,7 @@ class LogHistogram:
     @property
     def centres(self) -> np.ndarray:
         steps = np.arange(self._size) + self._offset
-        positive = np.exp((steps + np.where(steps < 0, -0.5, 0.5)) * self._log_growth)
+        positive = np.exp((steps + 0.5) * self._log_growth)
         return np.concatenate([-positive[::-1], [0.0], positive])
 
     def quantile(self, q: float) -> float:
@@ -139,7 +141,7 @@ class MeanSquaredError(MinMax):
     def _error(self, lo: float, hi: float) -> float:
         if lo == hi:
             return float("inf")
-        affine = affine_from_range(np.float64(lo), np.float64(hi), self._bits, self._symmetric, signed=False)
+        affine = affine_from_range(lo, hi, self._bits, self._symmetric, signed=False)
         step, x = float(affine.scale), self._sketch.centres
         kept = np.clip(x, lo, hi)
         rounding = np.minimum(step * step / 12, kept * kept)  # finer than a step: the value itself is lost
@@ -185,7 +187,8 @@ class ChannelRange:
     @property
     def absmax(self) -> np.ndarray:
         assert self.lo is not None and self.hi is not None
-        return np.maximum(np.abs(self.lo), np.abs(self.hi))
+        reach: np.ndarray = np.maximum(np.abs(self.lo), np.abs(self.hi))
+        return reach
 
 
 # --------------------------------------------------------------------------- feeding them
@@ -220,13 +223,41 @@ def observe(
     samples: Iterable[Any] | None = None,
     label: str = "calibrating",
 ) -> None:
-    """Stream the samples through ``model`` and feed every named value to its collectors."""
+    """Stream the samples through ``model`` and feed every named value to its collectors.
+
+    Raises UserError where a value is not finite at a real token, or where no real token reaches it.
+    """
     if not collectors:
         return
+    seen = dict.fromkeys(collectors, 0)
     for sample, values in ctx.runner.stream(
         model, ctx.samples if samples is None else samples, list(collectors), label
     ):
         for name, found in collectors.items():
             for rows in sequences(values[name], sample.mask):
+                if not np.isfinite(rows).all():
+                    raise _not_finite(model, name, rows)
+                seen[name] += rows.size
                 for collector in found:
                     collector.update(rows)
+    for name, count in seen.items():
+        if not count:
+            raise UserError(
+                f"no calibration sample reaches '{_shown(model, name)}', so it has no range",
+                hint="give --calib at least one sample with an unmasked token",
+            )
+
+
+def _not_finite(model: ir.Model, name: str, rows: np.ndarray) -> UserError:
+    kind = "NaN" if np.isnan(rows).any() else "infinities"
+    return UserError(
+        f"the activation '{_shown(model, name)}' holds {kind} on a calibration sample",
+        hint="the float model overflows on that sample: check the data, or leave the sample out",
+    )
+
+
+def _shown(model: ir.Model, name: str) -> str:
+    """The value's name in the user's model."""
+    made = (value for node in model.graph for value in node.outputs if value.name == name)
+    value = next(made, None)
+    return name if value is None else original_name(value)

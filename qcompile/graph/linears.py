@@ -93,8 +93,19 @@ def _reaches_output(value: ir.Value) -> bool:
 
 
 def find_linears(graph: ir.Graph) -> list[Linear]:
-    """Every MatMul with a constant matrix on its right, in graph order."""
-    return [linear for node in graph if (linear := as_linear(node)) is not None]
+    """Every MatMul with a constant matrix on its right, in graph order.
+
+    Names are unique: where one module holds several (torch's MultiheadAttention), the second is ``name#2``.
+    """
+    found: list[Linear] = []
+    seen: dict[str, int] = {}
+    for node in graph:
+        linear = as_linear(node)
+        if linear is None:
+            continue
+        seen[linear.name] = count = seen.get(linear.name, 0) + 1
+        found.append(linear if count == 1 else dataclasses.replace(linear, name=f"{linear.name}#{count}"))
+    return found
 
 
 def find_experts(graph: ir.Graph) -> list[Linear]:

@@ -1,9 +1,10 @@
 """Write quantisation into the graph: QuantizeLinear/DequantizeLinear, or the per-token function.
 
     static:   x -> [Clip] -> QuantizeLinear(s, z uint8) -> DequantizeLinear -> reader
-    dynamic:  x -> qcompile.FakeQuantizePerToken{levels} -> reader
+    dynamic:  x -> [Mul 0/1] -> qcompile.FakeQuantizePerToken{levels} -> reader
     weight:   W -> DequantizeLinear(codes int8, scale, zero point) along the output columns or in groups
-Fewer than 8 bits: the codes use a part of uint8, and a Clip keeps x inside it.
+Fewer than 8 bits: the codes use a part of uint8, and a Clip keeps x inside it. The Mul leaves out channels
+that are kept in float.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import Affine, QuantizedWeight
 from qcompile.quant.schemes import ActivationScheme
 
+Readers = Sequence[tuple[ir.Node, int]]  # (node, index of the input)
+
 
 def quantize_static(
-    model: ir.Model, value: ir.Value, readers: Sequence[tuple[ir.Node, int]], affine: Affine, workspace: Workspace, axis: int | None = None
+    model: ir.Model,
+    value: ir.Value,
+    readers: Readers,
+    affine: Affine,
+    workspace: Workspace,
+    axis: int | None = None,
 ) -> None:
     """Let ``readers`` (node, input index) read ``value`` through one Q/DQ pair.
 
@@ -41,22 +49,43 @@ def quantize_static(
     _redirect(readers, result)
 
 
-def quantize_per_token(model: ir.Model, value: ir.Value, readers: Sequence[tuple[ir.Node, int]], scheme: ActivationScheme) -> None:
-    """Let ``readers`` read ``value`` through the per-token function."""
+def quantize_per_token(
+    model: ir.Model,
+    value: ir.Value,
+    readers: Readers,
+    scheme: ActivationScheme,
+    workspace: Workspace,
+    ordinary: np.ndarray | None = None,
+) -> None:
+    """Let ``readers`` read ``value`` through the per-token function.
+
+    ``ordinary`` (C,) is 0 at the channels that are multiplied in float elsewhere: they read as zero and do
+    not stretch the range.
+    """
     function = "FakeQuantizePerTokenSymmetric" if scheme.symmetric else "FakeQuantizePerToken"
     levels = 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 2**scheme.bits - 1
     use(model, function)
     attributes = {"levels": ir.AttrFloat32("levels", float(levels))}
-    result = _after(value, function, [value], attributes, f"{value.name}.per_token", DOMAIN)
+    x = value
+    if ordinary is not None:
+        kept = ordinary.astype(np.float32)
+        mask = new_initializer(model, f"{value.name}.ordinary_channels", kept, workspace)
+        x = _after(value, "Mul", [value, mask], {}, f"{value.name}.ordinary")
+        x.type, x.shape = value.type, value.shape
+    result = _after(x, function, [x], attributes, f"{value.name}.per_token", DOMAIN)
     result.type, result.shape = value.type, value.shape
     _redirect(readers, result)
 
 
-def quantize_linear_weight(model: ir.Model, linear: Linear, codes: QuantizedWeight, workspace: Workspace) -> None:
-    """Replace W of ``linear`` (not a tied head) by its dequantised codes."""
-    dequantized = _dequantized(model, linear.name, codes, workspace, axis=1 if codes.group_size is None else 0)
+def quantize_linear_weight(
+    model: ir.Model, linear: Linear, codes: QuantizedWeight, workspace: Workspace
+) -> None:
+    """Replace W of ``linear`` (not a tied head) by its codes, dequantised; W goes when nobody reads it."""
+    floats, axis = linear.node.inputs[1], 1 if codes.group_size is None else 0
+    dequantized = _dequantized(model, linear.name, codes, workspace, axis)
     model.graph.insert_before(linear.node, dequantized.producer())  # type: ignore[arg-type]
     linear.node.replace_input_with(1, dequantized)
+    _drop_unused(model, floats)
 
 
 def quantize_table(model: ir.Model, table: ir.Value, codes: QuantizedWeight, workspace: Workspace) -> None:
@@ -71,10 +100,18 @@ def quantize_table(model: ir.Model, table: ir.Value, codes: QuantizedWeight, wor
     readers = [(use.node, use.idx) for use in table.uses()]
     model.graph.insert_before(first, dequantized.producer())  # type: ignore[arg-type]
     _redirect(readers, dequantized)
+    _drop_unused(model, table)
 
 
-def _dequantized(model: ir.Model, name: str, codes: QuantizedWeight, workspace: Workspace, axis: int) -> ir.Value:
-    held = new_initializer(model, f"{name}.codes", codes.codes, workspace)
+def _drop_unused(model: ir.Model, value: ir.Value | None) -> None:
+    if value is not None and value.is_initializer() and not value.uses() and not value.is_graph_output():
+        del model.graph.initializers[str(value.name)]
+
+
+def _dequantized(
+    model: ir.Model, name: str, codes: QuantizedWeight, workspace: Workspace, axis: int
+) -> ir.Value:
+    held = new_initializer(model, f"{name}.weight_codes", codes.codes, workspace)
     scale = new_initializer(model, f"{name}.weight_scale", codes.scale, workspace)
     zero = new_initializer(model, f"{name}.weight_zero_point", codes.zero_point, workspace)
     attributes = [ir.AttrInt64("axis", axis)]
@@ -82,7 +119,8 @@ def _dequantized(model: ir.Model, name: str, codes: QuantizedWeight, workspace: 
         attributes.append(ir.AttrInt64("block_size", min(codes.group_size, codes.codes.shape[0])))
     node = ir.Node("", "DequantizeLinear", [held, scale, zero], attributes, num_outputs=1)
     result = node.outputs[0]
-    result.name, result.dtype, result.shape = f"{name}.dequantized_weight", ir.DataType.FLOAT, ir.Shape(codes.codes.shape)
+    result.name, result.dtype = f"{name}.dequantized_weight", ir.DataType.FLOAT
+    result.shape = ir.Shape(codes.codes.shape)
     return result
 
 
@@ -90,7 +128,10 @@ def _clipped(model: ir.Model, value: ir.Value, affine: Affine, workspace: Worksp
     low = (affine.low - affine.zero_point).astype(np.float32) * affine.scale
     high = (affine.high - affine.zero_point).astype(np.float32) * affine.scale
     if low.size == 1:
-        bounds = [new_initializer(model, f"{value.name}.{n}", a.reshape(()), workspace) for n, a in (("low", low), ("high", high))]
+        bounds = [
+            new_initializer(model, f"{value.name}.{end}", bound.reshape(()), workspace)
+            for end, bound in (("low", low), ("high", high))
+        ]
         result = _after(value, "Clip", [value, *bounds], {}, f"{value.name}.clipped")
     else:
         floor = new_initializer(model, f"{value.name}.low", low, workspace)
@@ -103,7 +144,12 @@ def _clipped(model: ir.Model, value: ir.Value, affine: Affine, workspace: Worksp
 
 
 def _after(
-    value: ir.Value, op: str, inputs: Sequence[ir.Value], attributes: dict[str, ir.Attr], name: str, domain: str = ""
+    value: ir.Value,
+    op: str,
+    inputs: Sequence[ir.Value],
+    attributes: dict[str, ir.Attr],
+    name: str,
+    domain: str = "",
 ) -> ir.Value:
     """A new node right after the one that makes ``value``, or at the start for a graph input."""
     source = value.producer()
@@ -118,7 +164,7 @@ def _after(
     return node.outputs[0]
 
 
-def _redirect(readers: Sequence[tuple[ir.Node, int]], value: ir.Value) -> None:
+def _redirect(readers: Readers, value: ir.Value) -> None:
     for node, index in readers:
         node.replace_input_with(index, value)
 
@@ -129,15 +175,19 @@ def table_of(linear: Linear) -> ir.Value:
     return linear.weight
 
 
-def keep_columns(model: ir.Model, linear: Linear, columns: np.ndarray, w: np.ndarray, workspace: Workspace) -> np.ndarray:
-    """Multiply the input channels ``columns`` in float beside the quantised rest; returns W with their rows zero.
+def keep_columns(
+    model: ir.Model, linear: Linear, columns: np.ndarray, w: np.ndarray, workspace: Workspace
+) -> np.ndarray:
+    """Multiply the input channels ``columns`` in float beside the rest; returns W with their rows zero.
 
-    x W = x[:, columns] W[columns] + x W', so the quantised input may saturate in those channels.
+    x W = x[:, columns] W[columns] + x W', so the quantised input may saturate in those channels. The sum
+    takes the name of the product, so that readers and graph outputs keep theirs.
     Source: LLM.int8 (arXiv 2208.07339), with columns fixed at calibration.
     """
     if not columns.size:
         return w
     node, value = linear.node, linear.node.outputs[0]
+    name = str(value.name)
     index = new_initializer(model, f"{linear.name}.outlier_columns", columns.astype(np.int64), workspace)
     rows = new_initializer(model, f"{linear.name}.outlier_rows", w[columns], workspace)
     picked = match.new_node("", "Gather", [linear.x, index], {"axis": ir.AttrInt64("axis", -1)}, [node])
@@ -146,15 +196,19 @@ def keep_columns(model: ir.Model, linear: Linear, columns: np.ndarray, w: np.nda
     value.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
     total.replace_input_with(0, value)
     model.graph.insert_after(node, [picked, product, total])
-    for made, suffix in ((picked, "outliers"), (product, "outlier_product"), (total, "with_outliers")):
-        made.outputs[0].name, made.outputs[0].type = f"{value.name}.{suffix}", value.type
+    value.name = f"{name}.without_outliers"
+    names = {picked: f"{name}.outliers", product: f"{name}.outlier_product", total: name}
+    for made, called in names.items():
+        made.outputs[0].name, made.outputs[0].type = called, value.type
     total.outputs[0].shape = value.shape
     zeroed = w.copy()
     zeroed[columns] = 0
     return zeroed
 
 
-def quantize_attention(model: ir.Model, node: ir.Node, operands: Sequence[Affine], workspace: Workspace) -> None:
+def quantize_attention(
+    model: ir.Model, node: ir.Node, operands: Sequence[Affine], workspace: Workspace
+) -> None:
     """Quantise queries, keys, values (``operands``) and probabilities (range 0..1) of an attention node.
 
     The node is written out, since the probabilities live inside it.
@@ -170,7 +224,7 @@ def quantize_attention(model: ir.Model, node: ir.Node, operands: Sequence[Affine
 
 
 def spell_out_attention(model: ir.Model, node: ir.Node, workspace: Workspace) -> tuple[ir.Value, ir.Node]:
-    """Replace Attention or GroupedAttention by the nodes of its body; returns the probabilities and the last MatMul."""
+    """Replace Attention or GroupedAttention by its body; returns the probabilities and the last MatMul."""
     q, k, v, bias = node.inputs
     graph = node.graph
     assert graph is not None and k is not None and v is not None
@@ -185,7 +239,8 @@ def spell_out_attention(model: ir.Model, node: ir.Node, workspace: Workspace) ->
     groups = match.int_attribute(node, "groups", 1)
     if groups > 1:
         k, v = (_repeated(model, x, groups, name, add, workspace) for x, name in ((k, "k"), (v, "v")))
-    alpha = new_initializer(model, "attention_scale", np.asarray(node.attributes["scale"].as_float(), np.float32), workspace)
+    scale = np.asarray(node.attributes["scale"].as_float(), np.float32)
+    alpha = new_initializer(model, "attention_scale", scale, workspace)
     keys = add("Transpose", [k], "keys", ir.AttrInt64s("perm", [0, 1, 3, 2]))
     scores = add("MatMul", [q, keys], "scores")
     biased = add("Add", [add("Mul", [scores, alpha], "scaled"), bias], "biased")
@@ -196,7 +251,14 @@ def spell_out_attention(model: ir.Model, node: ir.Node, workspace: Workspace) ->
     return p, product
 
 
-def _repeated(model: ir.Model, value: ir.Value, groups: int, name: str, add: Callable[..., ir.Value], workspace: Workspace) -> ir.Value:
+def _repeated(
+    model: ir.Model,
+    value: ir.Value,
+    groups: int,
+    name: str,
+    add: Callable[..., ir.Value],
+    workspace: Workspace,
+) -> ir.Value:
     """Each head of (B, H, S, d) ``groups`` times in a row."""
     axis = new_initializer(model, "head_axis", np.array([2], np.int64), workspace)
     counts = new_initializer(model, "head_repeat", np.array([1, 1, groups, 1, 1], np.int64), workspace)
@@ -205,4 +267,5 @@ def _repeated(model: ir.Model, value: ir.Value, groups: int, name: str, add: Cal
     tail.dtype = ir.DataType.INT64
     shape = add("Concat", [flat, tail], f"{name}_shape", ir.AttrInt64("axis", 0))
     shape.dtype = ir.DataType.INT64
-    return add("Reshape", [add("Expand", [add("Unsqueeze", [value, axis], f"{name}_5d"), counts], f"{name}_wide"), shape], f"{name}_heads")
+    wide = add("Expand", [add("Unsqueeze", [value, axis], f"{name}_5d"), counts], f"{name}_wide")
+    return add("Reshape", [wide, shape], f"{name}_heads")

@@ -28,10 +28,16 @@ class Workspace:
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
+        """Remove the folder with everything in it."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def tensor(self, array: np.ndarray, name: str) -> ir.TensorProtocol:
@@ -49,8 +55,13 @@ class Workspace:
 
     def _mapped(self, array: np.ndarray, key: str, name: str = "") -> ir.ExternalTensor:
         return ir.ExternalTensor(
-            f"{key}.bin", 0, array.nbytes, ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape), name=name, base_dir=self.root,
+            f"{key}.bin",
+            0,
+            array.nbytes,
+            ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self.root,
         )
 
     def adopt(self, model: ir.Model) -> None:
@@ -72,8 +83,9 @@ class Workspace:
             file = f"packed-{hashlib.blake2b(packed.data, digest_size=16).hexdigest()}.bin"
             packed.tofile(self.root / file)
             return ir.ExternalTensor(
-                file, 0, packed.nbytes, held.dtype, shape=ir.Shape(held.shape), name=name, base_dir=self.root
-            )
+                file, 0, packed.nbytes, held.dtype,
+                shape=ir.Shape(held.shape.numpy()), name=name, base_dir=self.root,
+            )  # fmt: skip
         moved = self.tensor(held.numpy(), name)
         if isinstance(held, ir.ExternalTensor):
             held.release()

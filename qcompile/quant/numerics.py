@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qcompile.errors import UserError
 from qcompile.quant.schemes import WeightScheme
@@ -20,7 +21,7 @@ MSE_SHRINKS = np.linspace(1.0, 0.4, 13)  # candidate clips, as a fraction of the
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """``real = (code - zero_point) * scale`` with codes in ``low..high``; arrays broadcast over the tensor."""
+    """``real = (code - zero_point) * scale``, codes in ``low..high``; arrays broadcast over the tensor."""
 
     scale: np.ndarray
     zero_point: np.ndarray
@@ -36,7 +37,7 @@ def code_range(bits: int, symmetric: bool, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def affine_from_range(lo: np.ndarray, hi: np.ndarray, bits: int, symmetric: bool, signed: bool) -> Affine:
+def affine_from_range(lo: ArrayLike, hi: ArrayLike, bits: int, symmetric: bool, signed: bool) -> Affine:
     """Scale and zero point that cover ``lo..hi`` (any broadcastable shape) and zero.
 
     Asymmetric: scale = (hi - lo) / (2^b - 1), zero_point = round(low - lo / scale).
@@ -58,17 +59,19 @@ def quantize(x: np.ndarray, affine: Affine) -> np.ndarray:
     """Codes of ``x`` as int32, saturated to the range of ``affine``."""
     codes = np.rint(x / affine.scale)
     codes += affine.zero_point
-    return np.clip(codes, affine.low, affine.high, out=codes).astype(np.int32)
+    saturated: np.ndarray = np.clip(codes, affine.low, affine.high, out=codes).astype(np.int32)
+    return saturated
 
 
 def dequantize(codes: np.ndarray, affine: Affine) -> np.ndarray:
     """float32 values of ``codes``."""
-    return ((codes - affine.zero_point) * affine.scale).astype(np.float32)
+    values: np.ndarray = ((codes - affine.zero_point) * affine.scale).astype(np.float32)
+    return values
 
 
 def fake_quantize(x: np.ndarray, affine: Affine) -> np.ndarray:
     """``dequantize(quantize(x))`` in float32 without the detour through integers."""
-    y = np.rint(x / affine.scale)
+    y: np.ndarray = np.rint(x / affine.scale)
     low = (affine.low - affine.zero_point).astype(np.float32)
     high = (affine.high - affine.zero_point).astype(np.float32)
     np.clip(y, low, high, out=y)
@@ -88,7 +91,7 @@ def fake_quantize_per_token(x: np.ndarray, bits: int, symmetric: bool) -> np.nda
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes [K, N] (int8 or uint8), scale and zero point [N] or, with groups along K, [ceil(K / g), N]."""
+    """Codes [K, N] int8, scale and zero point [N] or, with groups along K, [ceil(K / g), N]."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -96,11 +99,13 @@ class QuantizedWeight:
     group_size: int | None
 
     def dequantized(self) -> np.ndarray:
+        """W [K, N] float32 as the program will see it."""
         scale, zero = self.scale, self.zero_point.astype(np.int32)
         if self.group_size is not None:
             rows = np.arange(self.codes.shape[0]) // self.group_size
             scale, zero = scale[rows], zero[rows]
-        return ((self.codes.astype(np.int32) - zero) * scale).astype(np.float32)
+        values: np.ndarray = ((self.codes.astype(np.int32) - zero) * scale).astype(np.float32)
+        return values
 
 
 def fake_quantize_weight(w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None = None) -> np.ndarray:
@@ -163,7 +168,7 @@ def _weight_affine(
 
 
 def _column_error(w: np.ndarray, affine: Affine, energy: np.ndarray | None) -> np.ndarray:
-    """Squared error of each column of w (..., K, N), rows weighted by ``energy`` (..., K); shape of the scale."""
+    """Squared error of each column of w (..., K, N), rows weighted by ``energy`` (..., K)."""
     difference = fake_quantize(w, affine)
     difference -= w
     difference *= difference

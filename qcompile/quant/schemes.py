@@ -13,21 +13,23 @@ OBSERVERS: dict[str, str] = {
     "avg_minmax": "mean over samples of each sample's extremes",
     "percentile": "quantiles of all values (streamed sketch)",
     "mse": "the clip with the smallest expected squared error (streamed sketch)",
-    "token_wise": "quantile over tokens of each token's extremes; the quantile is chosen on the model's output",
+    "token_wise": "quantile over tokens of each token's extremes, chosen on the model's output",
 }
+SMALLEST_GROUP = 8
 
 
 class WeightScheme(BaseModel):
     """How a weight matrix W[K, N] is stored.
 
     ``per_channel``: one scale for each output column; ``group``: one scale for each run of
-    ``group_size`` input rows of a column. Codes: symmetric -(2^(b-1)-1) .. 2^(b-1)-1, asymmetric 0 .. 2^b-1.
+    ``group_size`` input rows of a column. Codes are signed: symmetric -(2^(b-1)-1) .. 2^(b-1)-1, asymmetric
+    -2^(b-1) .. 2^(b-1)-1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bits: int = Field(ge=2, le=8)
     granularity: Literal["per_tensor", "per_channel", "group"] = "per_channel"
-    group_size: int | None = Field(default=None, ge=8)
+    group_size: int | None = Field(default=None, ge=SMALLEST_GROUP)
     symmetric: bool = True
     clip: Literal["minmax", "mse"] = "mse"
 
@@ -61,7 +63,13 @@ class ActivationScheme(BaseModel):
 
     @property
     def dynamic(self) -> bool:
+        """Whether ranges are found at run time."""
         return self.granularity == "per_token"
+
+    @property
+    def plain(self) -> bool:
+        """Whether one static scale serves the whole tensor."""
+        return self.granularity == "per_tensor" and self.outlier_threshold is None
 
     def __str__(self) -> str:
         how = "dynamic" if self.dynamic else f"static {self.observer}"
@@ -80,8 +88,12 @@ def parse_name(name: str) -> tuple[WeightScheme, ActivationScheme | None] | None
     if not 2 <= w_bits <= 8 or not (2 <= a_bits <= 8 or a_bits == 16) or (a_bits == 16 and match[3]):
         return None
     group = int(match[4]) if match[4] else None
+    if group is not None and group < SMALLEST_GROUP:
+        return None
     weights = WeightScheme(
-        bits=w_bits, granularity="group" if group else "per_channel", group_size=group,
+        bits=w_bits,
+        granularity="group" if group else "per_channel",
+        group_size=group,
         symmetric=w_bits > 4 or a_bits != 16,
     )
     if a_bits == 16:
