@@ -60,7 +60,7 @@ class Rule(BaseModel):
         return self
 
     def matches(self, op: Op, name: str) -> bool:
-        """Whether the sentence speaks of ``op`` at ``name``; the second linear of a module is ``module#2``."""
+        """Whether the sentence speaks of ``op`` at ``name`` (``module#2``: the module's second linear)."""
         module = name.partition("#")[0]
         return self.op == op and any(fnmatch.fnmatchcase(n, self.scope) for n in (name, module))
 

@@ -52,15 +52,23 @@ def affine_from_range(lo: ArrayLike, hi: ArrayLike, bits: int, symmetric: bool, 
     else:
         scale = np.maximum((hi - lo) / (high - low), SCALE_FLOOR)
         zero = np.clip(np.rint(low - lo / scale), low, high)
-    return Affine(np.asarray(scale, np.float32), zero.astype(np.int32), low, high)
+    return Affine(np.asarray(scale, np.float32), np.asarray(zero, np.int32), low, high)
 
 
 def quantize(x: np.ndarray, affine: Affine) -> np.ndarray:
     """Codes of ``x`` as int32, saturated to the range of ``affine``."""
-    codes = np.rint(x / affine.scale)
+    codes = _steps(x, affine)
     codes += affine.zero_point
     saturated: np.ndarray = np.clip(codes, affine.low, affine.high, out=codes).astype(np.int32)
     return saturated
+
+
+def _steps(x: np.ndarray, affine: Affine) -> np.ndarray:
+    """``x`` in whole steps; infinite where a tiny scale overflows, which saturates."""
+    with np.errstate(over="ignore"):
+        steps: np.ndarray = np.asarray(x / affine.scale)
+    np.rint(steps, out=steps)
+    return steps
 
 
 def dequantize(codes: np.ndarray, affine: Affine) -> np.ndarray:
@@ -71,7 +79,7 @@ def dequantize(codes: np.ndarray, affine: Affine) -> np.ndarray:
 
 def fake_quantize(x: np.ndarray, affine: Affine) -> np.ndarray:
     """``dequantize(quantize(x))`` in float32 without the detour through integers."""
-    y: np.ndarray = np.rint(x / affine.scale)
+    y = _steps(x, affine)
     low = (affine.low - affine.zero_point).astype(np.float32)
     high = (affine.high - affine.zero_point).astype(np.float32)
     np.clip(y, low, high, out=y)
