@@ -3,6 +3,7 @@
 rewrite:  linear(norm(x), W, b)  ->  linear((norm(x) - z) / s, W * s, b + W @ z)
           z_j = (max_j + min_j) / 2,  s_j = max(1, max|x_j - z_j| / t), one t for each site by search
 needs:    per-channel ranges of norm(x); W constant; every reader a linear, or one that can get x * s + z
+          family=auto: also s_j = rms_j^a / max|W_j|^(1-a), kept only where it beats every threshold
 ensures:  equal to 1e-5; never worse on its own objective than leaving the site alone; no node is added where
           the norm has a bias and no reader but linears
 source:   arXiv 2304.09145, Eq. 1-8, Algorithm 1
@@ -25,6 +26,9 @@ from qcompile.graph.sites import Site
 from qcompile.pipeline import Context
 
 
+POWERS = (0.3, 0.45, 0.6, 0.75)  # exponents tried beside the thresholds
+
+
 @dataclasses.dataclass(frozen=True)
 class OsPlus(Transform):
     """Options: ``shift`` (auto: where it folds for free), sites to use, search points, how to apply."""
@@ -42,6 +46,7 @@ class OsPlus(Transform):
     refine: int = 4
     tokens: int = 512
     t_min: float = 0.1
+    family: Literal["threshold", "auto"] = "auto"
 
     def kinds(self) -> Sequence[str]:
         return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]
@@ -68,18 +73,44 @@ class OsPlus(Transform):
         reach = np.maximum(hi - centre, centre - lo)
         rows = site.expand if site.expand is not None else np.arange(reach.size)
 
-        def transform(t: float) -> tuple[np.ndarray, np.ndarray]:
+        def threshold(t: float) -> tuple[np.ndarray, np.ndarray]:
             return np.maximum(1.0, reach / np.float32(t)), centre
 
-        def loss(t: float, scale: np.ndarray, shift: np.ndarray) -> float:
-            return objective.loss(scale[rows], shift[rows], t)
+        def loss(_: float, scale: np.ndarray, shift: np.ndarray) -> float:
+            return objective.loss(scale[rows], shift[rows], float((reach / scale).max()))
 
         zero, one = np.zeros_like(reach), np.ones_like(reach)
         baseline = objective.loss(one[rows], zero[rows])
         top = float(reach.max())
         floor = max(min(self.t_min, top), float(np.median(reach)) * 0.25, 1e-6)
-        grid = threshold_grid(top, floor, self.points).tolist()
-        return search(grid, transform, loss, baseline, self.refine)
+        found = search(threshold_grid(top, floor, self.points).tolist(), threshold, loss, baseline, self.refine)
+        if self.family == "threshold":
+            return found
+        energy, weight = (_largest(rows, a) for a in (objective.energy(centre[rows]), objective.weight_absmax))
+
+        def power(exponent: float) -> tuple[np.ndarray, np.ndarray]:
+            return power_scale(energy, weight, exponent), centre
+
+        other = search(POWERS, power, loss, found.loss)
+        return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power") if other.loss < found.loss else found
+
+
+def power_scale(energy: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
+    """s_j = energy_j^a / max|W_j|^(1 - a), geometric mean one; unused channels (no energy, no weight) stay.
+
+    SmoothQuant's form (arXiv 2211.10438, Eq. 4) with the root mean square of length-one tokens for the maximum.
+    """
+    used = (energy > 0) & (weight > 0)
+    logs = exponent * np.log(np.where(used, energy, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
+    logs -= logs[used].mean() if used.any() else 0.0
+    return np.where(used, np.exp(np.clip(logs, -12, 12)), 1.0).astype(np.float32)
+
+
+def _largest(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Per producer channel the largest of the values of the consumer rows that it feeds."""
+    result = np.zeros(int(rows.max()) + 1, np.float32)
+    np.maximum.at(result, rows, values)
+    return result
 
 
 def _has_bias(site: Site) -> bool:

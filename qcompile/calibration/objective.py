@@ -148,6 +148,7 @@ class Objective:
 
     ``x``: the linears' input for each search sequence, shapes (..., channels); ``extra``: the region's other
     inputs for each sequence, as the graph gave them; ``masks``: (tokens,), which tokens are real (None: all).
+    ``relative`` weights each token's error by its own size (the paper sums absolute errors).
     """
 
     linears: tuple[Linear, ...]
@@ -157,6 +158,7 @@ class Objective:
     region: Region | None
     extra: list[dict[str, np.ndarray]]
     masks: list[np.ndarray | None]
+    relative: bool = True
 
     def __post_init__(self) -> None:
         self._w = np.concatenate([linear.w for linear in self.linears], axis=1)
@@ -169,10 +171,11 @@ class Objective:
         self._x = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x]).astype(np.float32)
         self._session = open_session(self.region.model) if self.region is not None else None
         self._target = self._through(matmul(self._x, self._w) + self._b)
+        self._token_weights = self._weigh()
         self.x = []
 
     def loss(self, scale: np.ndarray, shift: np.ndarray, limit: float | None = None) -> float:
-        """Mean over tokens of the summed squared error with the real quantisers.
+        """Mean over tokens of the (relative) summed squared error with the real quantisers.
 
         ``scale`` and ``shift`` are per row of W; ``limit`` is the static clip range (-limit, limit) of x~
         (its own extremes when None).
@@ -183,16 +186,38 @@ class Objective:
         bias = self._b + shift @ self._w if shift.any() else self._b
         x = self._quantized((self._x - shift) / scale, limit)
         total, tokens = 0.0, 0
-        for mask, shape, results, targets in zip(
-            self.masks, self._shapes, self._through(matmul(x, w) + bias), self._target, strict=True
-        ):
-            count = int(np.prod(shape))
-            for result, target in zip(results, targets, strict=True):
-                error = (result - target).reshape(count, -1)
-                error = error if mask is None else error[mask]
-                total += float(np.vdot(error, error))
-            tokens += count if mask is None else int(mask.sum())
+        for index, results in enumerate(self._through(matmul(x, w) + bias)):
+            mask, weights = self.masks[index], self._token_weights[index]
+            for result, target, weight in zip(results, self._target[index], weights, strict=True):
+                square = _token_squares(result - target, weight.size) * weight
+                total += float((square if mask is None else square[mask]).sum())
+            tokens += weights[0].size if mask is None else int(mask.sum())
         return total / max(tokens, 1)
+
+    def energy(self, shift: np.ndarray) -> np.ndarray:
+        """Root mean square of every channel of x - shift, tokens brought to length one: (channels,)."""
+        x = self._x - shift
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-20)
+        if any(mask is not None for mask in self.masks):
+            sizes = [int(np.prod(shape)) for shape in self._shapes]
+            x = x[np.concatenate([np.ones(n, bool) if m is None else m for m, n in zip(self.masks, sizes, strict=True)])]
+        root: np.ndarray = np.sqrt(np.square(x).mean(axis=0))
+        return root
+
+    @property
+    def weight_absmax(self) -> np.ndarray:
+        """Largest magnitude in every row of W: (channels,)."""
+        largest: np.ndarray = np.abs(self._w).max(axis=1)
+        return largest
+
+    def _weigh(self) -> list[list[np.ndarray]]:
+        """Each token's weight: 1 / (its squared norm + the median one), so that no sink token owns the sum."""
+        sizes = [int(np.prod(shape)) for shape in self._shapes]
+        norms = [[_token_squares(t, n) for t in found] for n, found in zip(sizes, self._target, strict=True)]
+        if not self.relative:
+            return [[np.ones_like(n) for n in found] for found in norms]
+        middles = [float(np.median(np.concatenate(parts))) for parts in zip(*norms, strict=True)]
+        return [[1 / np.maximum(n + m, 1e-20) for n, m in zip(found, middles, strict=True)] for found in norms]
 
     def _quantized(self, x: np.ndarray, limit: float | None) -> np.ndarray:
         scheme = self.activations
@@ -215,3 +240,9 @@ class Objective:
                 feeds[name] = columns.reshape(*shape, -1)
             results.append(self._session.run(None, feeds))
         return results
+
+
+def _token_squares(values: np.ndarray, tokens: int) -> np.ndarray:
+    rows = values.reshape(tokens, -1)
+    squares: np.ndarray = np.einsum("tc,tc->t", rows, rows)
+    return squares

@@ -24,14 +24,19 @@ from qcompile.quant.schemes import ActivationScheme
 
 
 class ChannelEnergy:
-    """Mean square of every channel, (C,): the diagonal of the next linear's Hessian."""
+    """Mean square of every channel, (C,), of rows brought to length one.
+
+    The diagonal of the next linear's Hessian, with every token counting alike: a sink token a thousand times
+    larger than the rest would otherwise own it.
+    """
 
     def __init__(self) -> None:
         self._sum: np.ndarray | None = None
         self._count = 0
 
     def update(self, rows: np.ndarray) -> None:
-        square = np.einsum("tc,tc->c", rows, rows, dtype=np.float64)
+        square = np.square(rows, dtype=np.float64)
+        square = (square / np.maximum(square.sum(axis=1, keepdims=True), 1e-30)).sum(axis=0)
         self._sum = square if self._sum is None else self._sum + square
         self._count += rows.shape[0]
 

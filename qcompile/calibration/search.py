@@ -31,6 +31,7 @@ class Found:
     loss: float | None = None
     baseline: float | None = None
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    rule: str = ""  # the family of scales that won, where a pass tries several
 
 
 def channel_ranges(ctx: Context, model: ir.Model, sites: Sequence[Site]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -81,7 +81,7 @@ class Transform(Pass):
             describe(site), channels_scaled=int((found.scale != 1).sum()), shifted=bool(found.shift.any()),
             largest_scale=float(np.abs(found.scale).max()), nodes_added=nodes,
             range_before=_reach(ranges), range_after=_reach(after),
-            **{key: value for key, value in searched.items() if value is not None},
+            **({"rule": found.rule} if found.rule else {}), **{key: value for key, value in searched.items() if value is not None},
         )  # fmt: skip
         facts, name = ctx.ledger.current.facts, describe(site)
         if found.curve:
