@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompile.calibration.draft import Choice, Draft
 from qcompile.calibration.metric import Metric
 from qcompile.calibration.ranges import calibrate
-from qcompile.calibration.sensitivity import choose_alpha, hold_gate
+from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, hold_gate, rank
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass
@@ -34,7 +34,7 @@ class Quantise(Pass):
 
     alpha: float | None = None
     energy: bool = True
-    gate_samples: int = 8
+    gate_samples: int = 6
     alpha_samples: int = 32
 
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -45,15 +45,26 @@ class Quantise(Pass):
             ctx.ledger.note("nothing to quantise: no linear with a constant weight was found")
             return 0
         self._calibrate(ctx, draft)
-        alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, self.alpha_samples)
-        choice = draft.choice
-        if ctx.max_drop is not None:
-            metric = Metric(ctx, model, _first(ctx, self.gate_samples))
-            choice = hold_gate(ctx, draft, metric, alpha, ctx.max_drop)
+        choice, alpha = self._decide(ctx, draft)
         self._record(ctx, draft, choice)
         count = draft.apply(model, choice, alpha)
         ctx.ledger.current.facts["alpha"] = alpha
         return count
+
+    def _decide(self, ctx: Context, draft: Draft) -> tuple[Choice, float]:
+        """The schemes and the token quantile; with a gate, precision where the whole model needs it."""
+        if ctx.max_drop is None:
+            alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, draft.choice, self.alpha_samples)
+            return draft.choice, alpha
+        ranked = rank(ctx, draft, 1.0)
+        readers = draft.readers()
+        ctx.ledger.current.facts["sensitivity"] = [
+            {"activation": item.name, "linears": readers.get(item.name, []), "damage": item.damage} for item in ranked
+        ]
+        sound = draft.choice.with_activation(broken_exceptions(draft, ranked), readers)
+        alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
+        metric = Metric(ctx, draft.model, _first(ctx, self.gate_samples))
+        return hold_gate(ctx, draft, ranked, metric, alpha, ctx.max_drop), alpha
 
     def _calibrate(self, ctx: Context, draft: Draft) -> None:
         choice = draft.choice

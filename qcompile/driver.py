@@ -28,6 +28,7 @@ from qcompile.recipe import Recipe
 Step = str | Pass | Callable[[ir.Model], Any]
 DEFAULT_TRANSFORMS = ("os_plus",)
 BULKY = ("channel_ranges",)  # facts that the report draws and the manifest leaves out
+AUTO_MAX_DROP = 0.01  # the gate of recipe "auto" where none is given
 
 
 class CompiledModel:
@@ -107,6 +108,8 @@ def compile(
     settings = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     backend = backends.by_name(target)
     pipeline = expand(passes, settings, backend)
+    if settings.name == "auto" and max_drop is None:
+        max_drop = AUTO_MAX_DROP
     if output is not None:
         check_destination(Path(output), force)
     workspace = Workspace()
@@ -145,14 +148,14 @@ def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend
     names = [p.name for p in steps]
     if "canonicalise" not in names:
         steps.insert(0, make_pass("canonicalise", {}))
-    if "quantise" not in names and (recipe.rules or recipe.name == "auto"):
+    if "quantise" not in names and recipe.rules:
         steps.append(make_pass("quantise", {}))
     return [*steps, Lower(backend)]
 
 
 def _steps(passes: str | Sequence[Step] | None, recipe: Recipe) -> list[Pass]:
     if passes is None:
-        acts = recipe.name == "auto" or any(r.activations is not None for r in recipe.rules)
+        acts = any(r.activations is not None for r in recipe.rules)
         passes = DEFAULT_TRANSFORMS if acts else ()
     if isinstance(passes, str):
         passes = [passes]
@@ -279,7 +282,7 @@ def _record(pipeline: Sequence[Pass], ctx: Context, backend: Backend) -> manifes
         "max_drop": ctx.max_drop,
         "pipeline": [_described(p) for p in pipeline],
         "layers": _fact(entries, "layers", []),
-        "gate": manifest.plain(_gate(_fact(entries, "gate", None))),
+        "gate": manifest.plain(_fact(entries, "gate", None)),
         "passes": entries,
     }
 
@@ -316,15 +319,6 @@ def _check_gate(gate: dict[str, Any] | None) -> None:
         f"the {gate['metric']} dropped by {drop}, allowed {gate['max_drop']:g}; nothing was written",
         hint="allow a larger --max-drop, or take a recipe with more bits",
     )
-
-
-def _gate(gate: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The gate with the ``drop`` of the choice that was taken, from its ``steps`` where it is not stated."""
-    if gate is None or "drop" in gate:
-        return gate
-    drops = [s["drop"] for s in gate["steps"] if s["exceptions"] == len(gate["exceptions"])]
-    held = [drop for drop in drops if drop <= gate["max_drop"]]
-    return gate | {"drop": held[-1] if held else min(drops, default=None)}
 
 
 def analyze(

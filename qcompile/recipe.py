@@ -83,9 +83,9 @@ PER_TOKEN_8 = ActivationScheme(bits=8, granularity="per_token", symmetric=True)
 
 def by_name(name: str) -> Recipe:
     """A built-in recipe. Linears follow the name; embedding and head have 8 bits per row of the table."""
-    if name in ("float", "auto"):
+    if name == "float":
         return Recipe(name=name)
-    schemes = parse_name(name)
+    schemes = parse_name("w8a8_static" if name == "auto" else name)
     if schemes is None:
         raise unknown_name("recipe", name, RECIPES)
     weights, activations = schemes
