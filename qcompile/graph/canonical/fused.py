@@ -1,7 +1,7 @@
 """ONNX Runtime's fused operators, and the newer operators of ONNX, in the canonical spelling.
 
-Norms, activations and products here, attention in ``fused_attention``. What cannot be taken apart stays,
-with a reason.
+Norms, activations and products here; attention and rotary embeddings in files of their own. What cannot be
+taken apart stays, with a reason.
 Source of the definitions: ONNX Runtime's ContribOperators.md and the ONNX operator set 23 and 24.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompile.graph.canonical import fused_attention, match
+from qcompile.graph.canonical import fused_attention, fused_rotary, match
 from qcompile.graph.canonical.attention import Unrecognised
 from qcompile.graph.canonical.draft import Draft, float_attribute, given, is_used
 from qcompile.graph.workspace import Workspace
@@ -41,9 +41,9 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognis
 
 def _rule(node: ir.Node) -> Decompose | None:
     if node.domain == MICROSOFT:
-        return _MICROSOFT.get(node.op_type) or fused_attention.MICROSOFT.get(node.op_type) or _unknown
+        return _MICROSOFT.get(node.op_type, _unknown)
     if node.domain in ("", "ai.onnx"):
-        return _STANDARD.get(node.op_type) or fused_attention.STANDARD.get(node.op_type)
+        return _STANDARD.get(node.op_type)
     return None
 
 
@@ -173,8 +173,12 @@ _MICROSOFT: dict[str, Decompose] = {
     "Gelu": _erf_gelu,
     "QuickGelu": _quick_gelu,
     "FusedMatMul": _fused_matmul,
+    **fused_attention.MICROSOFT,
+    **fused_rotary.MICROSOFT,
 }
 _STANDARD: dict[str, Decompose] = {
     "SimplifiedLayerNormalization": _rms_norm,  # ONNX Runtime registers it in the standard domain
     "Swish": _standard_swish,
+    **fused_attention.STANDARD,
+    **fused_rotary.STANDARD,
 }

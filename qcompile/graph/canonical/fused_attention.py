@@ -1,4 +1,4 @@
-"""Fused attention and rotary operators of ONNX Runtime and of ONNX 23 and 24, taken apart.
+"""Fused attention operators of ONNX Runtime and of ONNX 23 and 24, taken apart.
 
 Each becomes qcompile.Attention or GroupedAttention over heads (B, H, S, d) with one additive bias. A key that
 a query may not see gets the operator's filter value, or ``MASKED``.
@@ -15,53 +15,14 @@ import onnx_ir as ir
 from qcompile.graph.canonical import match
 from qcompile.graph.canonical.attention import MASKED, make_finite
 from qcompile.graph.canonical.draft import Draft, float_attribute, given, is_used, width_of
+from qcompile.graph.canonical.fused_rotary import rotated
+from qcompile.graph.canonical.heads import as_heads, merge_heads, split_heads
 from qcompile.graph.edits import constant_array
 
 Decompose = Callable[[Draft, ir.Node], str]
 
 
 # --------------------------------------------------------------------------- heads
-
-
-def split_heads(draft: Draft, x: ir.Value, heads: int) -> ir.Value:
-    """(B, S, H d) -> (B, H, S, d)."""
-    whole = _merged_from(x, heads)
-    if whole is not None:
-        return whole
-    rows = draft.op("Reshape", x, draft.ints(0, 0, heads, -1))
-    result = draft.op("Transpose", rows, perm=[0, 2, 1, 3])
-    width = width_of(x)
-    lead = [x.shape[0], x.shape[1]] if x.shape is not None and len(x.shape) == 3 else [None, None]
-    result.shape = ir.Shape([lead[0], heads, lead[1], width // heads if width is not None else None])
-    result.dtype = ir.DataType.FLOAT
-    return result
-
-
-def _merged_from(x: ir.Value, heads: int) -> ir.Value | None:
-    """(B, H, S, d) if ``x`` is that, merged by ``merge_heads``."""
-    reshape = match.producer(x, "Reshape")
-    transpose = match.producer(reshape.inputs[0], "Transpose") if reshape is not None else None
-    source = transpose.inputs[0] if transpose is not None else None
-    if (
-        reshape is None
-        or transpose is None
-        or source is None
-        or source.shape is None
-        or len(source.shape) != 4
-    ):
-        return None
-    target = constant_array(reshape.inputs[1])
-    straight = list(transpose.attributes["perm"].as_ints()) == [0, 2, 1, 3]
-    return (
-        source
-        if straight and target is not None and target.tolist() == [0, 0, -1] and source.shape[1] == heads
-        else None
-    )
-
-
-def merge_heads(draft: Draft, x: ir.Value) -> ir.Value:
-    """(B, H, S, d) -> (B, S, H d)."""
-    return draft.op("Reshape", draft.op("Transpose", x, perm=[0, 2, 1, 3]), draft.ints(0, 0, -1))
 
 
 def _attention(
@@ -249,7 +210,7 @@ def _group_query(draft: Draft, node: ir.Node) -> str:
         places = draft.op("Unsqueeze", draft.range(draft.length(q, 2)), draft.ints(0))
         cos, sin = (draft.op("Gather", table, places) for table in tables)
         table_width = width_of(tables[0])
-        turned = [_rotated(draft, x, cos, sin, table_width, interleaved) for x in (q, k)]
+        turned = [rotated(draft, x, cos, sin, table_width, interleaved) for x in (q, k)]
         if turned[0] is None or turned[1] is None:
             return "the width of a head is not known"
         q, k = turned[0], turned[1]
@@ -277,88 +238,6 @@ def _group_heads(draft: Draft, node: ir.Node) -> tuple[tuple[ir.Value, ir.Value,
     return split, count // kv_count
 
 
-# --------------------------------------------------------------------------- rotary embeddings
-
-
-def _rotated(
-    draft: Draft, x: ir.Value, cos: ir.Value, sin: ir.Value, table_width: int | None, interleaved: bool
-) -> ir.Value | None:
-    """Rotate the first r channels of (B, H, S, d) by tables (B or 1, S, r / 2); None: unknown width."""
-    width = x.shape[-1] if x.shape is not None else None
-    if not isinstance(width, int) or table_width is None:
-        return None
-    turned, rest = x, None
-    if 2 * table_width < width:
-        turned, rest = draft.ops(
-            "Split", [x, draft.ints(2 * table_width, width - 2 * table_width)], 2, axis=-1
-        )
-    cos4, sin4 = (draft.op("Unsqueeze", draft.op("Concat", t, t, axis=-1), draft.ints(1)) for t in (cos, sin))
-    if interleaved:
-        turned = _regrouped(draft, turned, [0, 0, 0, -1, 2])
-    turned = draft.own("RotaryEmbedding", turned, cos4, sin4)
-    if interleaved:
-        turned = _regrouped(draft, turned, [0, 0, 0, 2, -1])
-    result = turned if rest is None else draft.op("Concat", turned, rest, axis=-1)
-    result.shape, result.dtype = x.shape, ir.DataType.FLOAT
-    return result
-
-
-def _regrouped(draft: Draft, x: ir.Value, axes: list[int]) -> ir.Value:
-    """Even channels before odd ones, or back: the last axis as a matrix, transposed."""
-    matrix = draft.op("Transpose", draft.op("Reshape", x, draft.ints(*axes)), perm=[0, 1, 2, 4, 3])
-    return draft.op("Reshape", matrix, draft.ints(0, 0, 0, -1))
-
-
-def _microsoft_rotary(draft: Draft, node: ir.Node) -> str:
-    """RotaryEmbedding(x, position_ids, cos (M, r / 2), sin): ids (B, S), or (1) for the first position."""
-    x, places, cos, sin = node.inputs[:4]
-    if match.int_attribute(node, "is_packed_batching", 0) or float_attribute(node, "scale", 1.0) != 1.0:
-        return "it is packed or scaled"
-    if x is None or places is None or places.shape is None or (x.shape is None and not _heads_of(node)):
-        return "the rank of its inputs is not known"
-    heads = _as_heads(draft, x, _heads_of(node))
-    if heads is None:
-        return "the number of heads is not known"
-    if len(places.shape) == 1:
-        places = draft.op(
-            "Unsqueeze", draft.op("Add", draft.range(draft.length(heads, 2)), places), draft.ints(0)
-        )
-    cos_rows, sin_rows = draft.op("Gather", cos, places), draft.op("Gather", sin, places)
-    return _finish_rotary(draft, node, heads, (cos_rows, sin_rows), width_of(cos))
-
-
-def _standard_rotary(draft: Draft, node: ir.Node) -> str:
-    """RotaryEmbedding(x, cos, sin, position_ids) of ONNX 23; without ids the tables are (B, S, r / 2)."""
-    x, cos, sin = node.inputs[:3]
-    heads = _as_heads(draft, x, _heads_of(node)) if x is not None else None
-    if heads is None or cos is None or sin is None:
-        return "the number of heads is not known"
-    width, places = width_of(cos), given(node, 3)
-    if places is not None:
-        cos, sin = draft.op("Gather", cos, places), draft.op("Gather", sin, places)
-    return _finish_rotary(draft, node, heads, (cos, sin), width)
-
-
-def _finish_rotary(
-    draft: Draft, node: ir.Node, heads: ir.Value, tables: tuple[ir.Value, ir.Value], width: int | None
-) -> str:
-    interleaved = bool(match.int_attribute(node, "interleaved", 0))
-    rotated = _rotated(draft, heads, *tables, width, interleaved)
-    if rotated is None:
-        return "the width of a head is not known"
-    return draft.finish(rotated if heads is node.inputs[0] else merge_heads(draft, rotated))
-
-
-def _heads_of(node: ir.Node) -> int:
-    return match.int_attribute(node, "num_heads", 0)
-
-
-def _as_heads(draft: Draft, x: ir.Value, heads: int) -> ir.Value | None:
-    if x.shape is not None and len(x.shape) == 4:
-        return x
-    return split_heads(draft, x, heads) if heads else None
-
-
 # --------------------------------------------------------------------------- ONNX attention
 
 
@@ -370,7 +249,7 @@ def _standard_attention(draft: Draft, node: ir.Node) -> str:
         return "its scores are capped"
     merged = match.int_attribute(node, "q_num_heads", 0) > 0
     counts = [match.int_attribute(node, name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    heads = [_as_heads(draft, x, n) for x, n in zip(node.inputs[:3], counts, strict=True) if x is not None]
+    heads = [as_heads(draft, x, n) for x, n in zip(node.inputs[:3], counts, strict=True) if x is not None]
     q, k, v = heads
     if q is None or k is None or v is None or q.shape is None or k.shape is None:
         return "the number of heads is not known"
@@ -399,6 +278,5 @@ MICROSOFT: dict[str, Decompose] = {
     "Attention": _packed_attention,
     "MultiHeadAttention": _multi_head,
     "GroupQueryAttention": _group_query,
-    "RotaryEmbedding": _microsoft_rotary,
 }
-STANDARD: dict[str, Decompose] = {"RotaryEmbedding": _standard_rotary, "Attention": _standard_attention}
+STANDARD: dict[str, Decompose] = {"Attention": _standard_attention}
