@@ -25,8 +25,8 @@ from qcompile.graph.functions import is_op
 from qcompile.graph.sites import Site
 from qcompile.pipeline import Context
 
-
-POWERS = (0.3, 0.45, 0.6, 0.75)  # exponents tried beside the thresholds
+LARGEST_LOG = 4.0  # a power scale stays within e^-4 .. e^4 of its mean, so that folding costs no float precision
+POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class OsPlus(Transform):
     up_down: bool = True
     mode: Mode = "auto"
     objective: Literal["auto", "linear"] = "auto"
-    points: int = 12
-    refine: int = 4
+    points: int = 9
+    refine: int = 3
     tokens: int = 512
     t_min: float = 0.1
     family: Literal["threshold", "auto"] = "auto"
@@ -92,7 +92,11 @@ class OsPlus(Transform):
             return power_scale(energy, weight, exponent), centre
 
         other = search(POWERS, power, loss, found.loss)
-        return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power") if other.loss < found.loss else found
+        return (
+            dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
+            if other.loss < found.loss
+            else found
+        )
 
 
 def power_scale(energy: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
@@ -103,7 +107,7 @@ def power_scale(energy: np.ndarray, weight: np.ndarray, exponent: float) -> np.n
     used = (energy > 0) & (weight > 0)
     logs = exponent * np.log(np.where(used, energy, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
     logs -= logs[used].mean() if used.any() else 0.0
-    return np.where(used, np.exp(np.clip(logs, -12, 12)), 1.0).astype(np.float32)
+    return np.where(used, np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG)), 1.0).astype(np.float32)
 
 
 def _largest(rows: np.ndarray, values: np.ndarray) -> np.ndarray:

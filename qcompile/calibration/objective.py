@@ -107,9 +107,7 @@ def _outside(inside: list[ir.Node], outputs: list[ir.Value]) -> list[ir.Value]:
     return list(found.values())
 
 
-def _extract(
-    model: ir.Model, inside: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value]
-) -> bytes:
+def _extract(model: ir.Model, inside: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value]) -> bytes:
     mapping: dict[int, ir.Value] = {}
     initializers = []
     for value in inputs:
@@ -164,9 +162,14 @@ class Objective:
         self._w = np.concatenate([linear.w for linear in self.linears], axis=1)
         sizes = [linear.w.shape[1] for linear in self.linears]
         self._columns = np.cumsum(sizes)[:-1]
-        biases = [b if (b := linear.bias) is not None else np.zeros(n, np.float32) for linear, n in zip(self.linears, sizes, strict=True)]
+        biases = [
+            b if (b := linear.bias) is not None else np.zeros(n, np.float32)
+            for linear, n in zip(self.linears, sizes, strict=True)
+        ]
         self._b = np.concatenate(biases)
         self._shapes = [x.shape[:-1] for x in self.x]
+        counts = [int(np.prod(shape)) for shape in self._shapes]
+        self._tokens = sum(n if mask is None else int(mask.sum()) for n, mask in zip(counts, self.masks, strict=True))
         self._rows = np.cumsum([int(np.prod(shape)) for shape in self._shapes])[:-1]
         self._x = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x]).astype(np.float32)
         self._session = open_session(self.region.model) if self.region is not None else None
@@ -185,14 +188,13 @@ class Objective:
             w = fake_quantize_weight(w, self.weights)
         bias = self._b + shift @ self._w if shift.any() else self._b
         x = self._quantized((self._x - shift) / scale, limit)
-        total, tokens = 0.0, 0
+        total = 0.0
         for index, results in enumerate(self._through(matmul(x, w) + bias)):
-            mask, weights = self.masks[index], self._token_weights[index]
-            for result, target, weight in zip(results, self._target[index], weights, strict=True):
-                square = _token_squares(result - target, weight.size) * weight
-                total += float((square if mask is None else square[mask]).sum())
-            tokens += weights[0].size if mask is None else int(mask.sum())
-        return total / max(tokens, 1)
+            for result, target, weight in zip(results, self._target[index], self._token_weights[index], strict=True):
+                square = _token_squares(result - target) * weight
+                mask = self.masks[index]
+                total += float((square if mask is None or mask.size != square.size else square[mask]).sum())
+        return total / max(self._tokens, 1)
 
     def energy(self, shift: np.ndarray) -> np.ndarray:
         """Root mean square of every channel of x - shift, tokens brought to length one: (channels,)."""
@@ -200,7 +202,9 @@ class Objective:
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-20)
         if any(mask is not None for mask in self.masks):
             sizes = [int(np.prod(shape)) for shape in self._shapes]
-            x = x[np.concatenate([np.ones(n, bool) if m is None else m for m, n in zip(self.masks, sizes, strict=True)])]
+            x = x[
+                np.concatenate([np.ones(n, bool) if m is None else m for m, n in zip(self.masks, sizes, strict=True)])
+            ]
         root: np.ndarray = np.sqrt(np.square(x).mean(axis=0))
         return root
 
@@ -212,8 +216,7 @@ class Objective:
 
     def _weigh(self) -> list[list[np.ndarray]]:
         """Each token's weight: 1 / (its squared norm + the median one), so that no sink token owns the sum."""
-        sizes = [int(np.prod(shape)) for shape in self._shapes]
-        norms = [[_token_squares(t, n) for t in found] for n, found in zip(sizes, self._target, strict=True)]
+        norms = [[_token_squares(t) for t in found] for found in self._target]
         if not self.relative:
             return [[np.ones_like(n) for n in found] for found in norms]
         middles = [float(np.median(np.concatenate(parts))) for parts in zip(*norms, strict=True)]
@@ -226,7 +229,9 @@ class Objective:
         if scheme.dynamic:
             return fake_quantize_per_token(x, scheme.bits, scheme.symmetric)
         lo, hi = (-limit, limit) if limit is not None else (float(x.min()), float(x.max()))
-        return fake_quantize(x, affine_from_range(np.float32(lo), np.float32(hi), scheme.bits, scheme.symmetric, signed=False))
+        return fake_quantize(
+            x, affine_from_range(np.float32(lo), np.float32(hi), scheme.bits, scheme.symmetric, signed=False)
+        )
 
     def _through(self, y: np.ndarray) -> list[list[np.ndarray]]:
         """The region's outputs for each sequence; the linears' own output where there is no region."""
@@ -242,7 +247,7 @@ class Objective:
         return results
 
 
-def _token_squares(values: np.ndarray, tokens: int) -> np.ndarray:
-    rows = values.reshape(tokens, -1)
-    squares: np.ndarray = np.einsum("tc,tc->t", rows, rows)
+def _token_squares(values: np.ndarray) -> np.ndarray:
+    """Squared norm of every row over the last axis, (tokens,): cross-attention has other tokens out than in."""
+    squares: np.ndarray = np.square(values).sum(axis=-1).reshape(-1)
     return squares

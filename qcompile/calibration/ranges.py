@@ -76,7 +76,11 @@ class Ranges:
 
 
 def calibrate(
-    ctx: Context, model: ir.Model, static: dict[str, ActivationScheme], energy: Sequence[str], samples: Iterable[Any] | None = None
+    ctx: Context,
+    model: ir.Model,
+    static: dict[str, ActivationScheme],
+    energy: Sequence[str],
+    samples: Iterable[Any] | None = None,
 ) -> Ranges:
     """Stream the samples once: an observer for each name of ``static``, input energies for each of ``energy``."""
     found = Ranges({n: make_observer(s) for n, s in static.items()}, {n: ChannelEnergy() for n in energy})

@@ -44,9 +44,7 @@ def open_session(
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own unrelated types
-        raise UserError(
-            f"ONNX Runtime cannot load the model: {_first_line(error)}", hint=_load_hint(error)
-        ) from error
+        raise UserError(f"ONNX Runtime cannot load the model: {_first_line(error)}", hint=_load_hint(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -55,9 +53,7 @@ def _first_line(error: Exception) -> str:
 
 def _load_hint(error: Exception) -> str:
     if "NOT_IMPLEMENTED" in str(error) or "not a registered" in str(error):
-        return (
-            "the operator named above has no CPU kernel in this onnxruntime; replace it or export without it"
-        )
+        return "the operator named above has no CPU kernel in this onnxruntime; replace it or export without it"
     return "check the file with `python -m onnx.checker` and onnxruntime's version"
 
 
@@ -111,7 +107,10 @@ def run_session(session: Any, names: Sequence[str] | None, feeds: Arrays) -> lis
 def _matmul_session() -> Any:
     """One MatMul with free shapes: ONNX Runtime's kernel is several times faster than NumPy's here."""
     value = onnx.helper.make_tensor_value_info
-    ends = [value(name, onnx.TensorProto.FLOAT, shape) for name, shape in (("a", ["m", "k"]), ("b", ["k", "n"]), ("y", ["m", "n"]))]
+    ends = [
+        value(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("a", ["m", "k"]), ("b", ["k", "n"]), ("y", ["m", "n"]))
+    ]
     graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["a", "b"], ["y"])], "matmul", ends[:2], ends[2:])
     opset = [onnx.helper.make_opsetid("", 21)]
     return open_session(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())

@@ -104,7 +104,9 @@ def _objective(
     now = (as_linear(linear.node) for linear in site.linears)  # a fold of another site may have added a bias
     return Objective(
         linears=tuple(linear for linear in now if linear is not None),
-        weights=rule.weights.model_copy(update={"clip": "minmax"}) if rule is not None and rule.weights is not None else None,
+        weights=rule.weights.model_copy(update={"clip": "minmax"})
+        if rule is not None and rule.weights is not None
+        else None,
         activations=rule.activations if rule is not None else None,
         x=x,
         region=region,

@@ -61,11 +61,11 @@ def _some(ctx: Context, count: int, most: int = 1024) -> list[Any]:
     return picked
 
 
-def _output_error(
-    ctx: Context, trial: ir.Model, samples: list[Any], output: str, reference: list[np.ndarray]
-) -> float:
+def _output_error(ctx: Context, trial: ir.Model, samples: list[Any], output: str, reference: list[np.ndarray]) -> float:
     error = 0.0
-    for (sample, values), target in zip(ctx.runner.stream(trial, samples, [output], "choosing the clip"), reference, strict=True):
+    for (sample, values), target in zip(
+        ctx.runner.stream(trial, samples, [output], "choosing the clip"), reference, strict=True
+    ):
         for a, b in zip(sequences(values[output], sample.mask), sequences(target, sample.mask), strict=True):
             error += float(np.square(a - b).sum())
     return error
@@ -85,10 +85,16 @@ class Ranked:
 def broken_exceptions(draft: Draft, ranked: Sequence[Ranked]) -> dict[str, ActivationScheme | None]:
     """The next step up for every activation whose static scheme loses more than half of the signal."""
     steps = _ladder(draft)
-    return {item.name: steps[item.name] for item in ranked if item.damage > BROKEN and not draft.choice.activations[item.name].dynamic}
+    return {
+        item.name: steps[item.name]
+        for item in ranked
+        if item.damage > BROKEN and not draft.choice.activations[item.name].dynamic
+    }
 
 
-def hold_gate(ctx: Context, draft: Draft, ranked: Sequence[Ranked], metric: Metric, alpha: float, max_drop: float) -> Choice:
+def hold_gate(
+    ctx: Context, draft: Draft, ranked: Sequence[Ranked], metric: Metric, alpha: float, max_drop: float
+) -> Choice:
     """The choice with the fewest activations in higher precision whose cautious drop is at most ``max_drop``.
 
     Activations come in the order of the damage that their own scheme does; the ladder is per token, then float.
@@ -175,7 +181,9 @@ def rank(ctx: Context, draft: Draft, alpha: float) -> list[Ranked]:
     return sorted(found, key=lambda item: (-item.damage, item.name))
 
 
-def _damage(draft: Draft, name: str, scheme: ActivationScheme, rows: np.ndarray, linears: list[Linear], alpha: float) -> float:
+def _damage(
+    draft: Draft, name: str, scheme: ActivationScheme, rows: np.ndarray, linears: list[Linear], alpha: float
+) -> float:
     if scheme.dynamic:
         quantized = fake_quantize_per_token(rows, scheme.bits, scheme.symmetric)
     else:

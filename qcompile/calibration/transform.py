@@ -76,12 +76,15 @@ class Transform(Pass):
     def _record(self, ctx: Context, site: Site, found: Found, ranges: Ranges, nodes: int) -> None:
         lo, hi = ((bound - found.shift) / found.scale for bound in ranges)
         after = np.minimum(lo, hi), np.maximum(lo, hi)  # a scale may be negative
-        searched = {self.parameter: found.parameter, "loss_before": found.baseline, "loss_after": found.loss}
+        searched = {
+            "rule": found.rule or None, "exponent" if found.rule else self.parameter: found.parameter,
+            "loss_before": found.baseline, "loss_after": found.loss,
+        }  # fmt: skip
         ctx.ledger.record(
             describe(site), channels_scaled=int((found.scale != 1).sum()), shifted=bool(found.shift.any()),
             largest_scale=float(np.abs(found.scale).max()), nodes_added=nodes,
             range_before=_reach(ranges), range_after=_reach(after),
-            **({"rule": found.rule} if found.rule else {}), **{key: value for key, value in searched.items() if value is not None},
+            **{key: value for key, value in searched.items() if value is not None},
         )  # fmt: skip
         facts, name = ctx.ledger.current.facts, describe(site)
         if found.curve:

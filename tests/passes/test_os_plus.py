@@ -36,7 +36,7 @@ def test_the_best_threshold_is_no_worse_than_none_nor_than_leaving_the_site_alon
 ) -> None:
     gamma, beta = outlier_norm(seed)
     with bench(normed(gamma, beta), inputs(seed=seed), recipe) as found:
-        site = only_site(found)
+        site = only_site(found, "os_plus{family=threshold}")
         curve = found.ctx.ledger.current.facts["search"]["norm:norm"]
     at_top = curve["loss"][int(np.argmax(curve["t"]))]
     assert site["loss_after"] <= at_top and site["loss_after"] < site["loss_before"]
@@ -44,11 +44,23 @@ def test_the_best_threshold_is_no_worse_than_none_nor_than_leaving_the_site_alon
     assert curve["best"] == site["threshold"]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_power_scale_is_taken_only_where_it_beats_every_threshold(recipe: str) -> None:
+    gamma, beta = outlier_norm()
+    with bench(normed(gamma, beta), inputs(), recipe) as found:
+        site = only_site(found)
+        losses = found.ctx.ledger.current.facts["search"]["norm:norm"]["loss"]
+    if site.get("rule") == "power":
+        assert site["loss_after"] < min(losses) and "threshold" not in site
+    else:
+        assert site["loss_after"] == min(losses)
+
+
 def test_where_nothing_helps_the_site_is_left_alone_and_the_ledger_says_so() -> None:
     model = normed(np.ones(NARROW), np.zeros(NARROW))
     with bench(model, inputs(channels=NARROW, symmetric=True)) as found:
         before = found.constant("fc0.weight").copy()
-        entry = found.run("os_plus{t_min=1e9}")  # the only candidate is the range itself: no scale
+        entry = found.run("os_plus{t_min=1e9 family=threshold}")  # the only candidate is the range itself: no scale
         assert entry.rewrites == 0 and not entry.sites
         assert [(s.site, s.reason) for s in entry.skips] == [
             ("norm:norm", "no threshold beats leaving it alone")
