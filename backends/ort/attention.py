@@ -84,20 +84,13 @@ class _Lowering:
         target = self._constant("heads", [0, 0, heads, width])
         split = node_before(node, "", "Reshape", [context, target], f"{old.name}.split")
         _set(split.outputs[0], [*_leading(context), heads, width])
-        new = match.new_node(
-            "", "Transpose", [split.outputs[0]], {"p": ir.AttrInt64s("perm", _HEADS)}, [node]
-        )
+        new = match.new_node("", "Transpose", [split.outputs[0]], {"p": ir.AttrInt64s("perm", _HEADS)}, [node])
         match.put_instead(node, new)
 
     def _tokens(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         """``value`` (B, H, S, d) as (B, S, H * d)."""
         rope = match.producer(value, "RotaryEmbedding")
-        if (
-            rope is not None
-            and rope.domain == DOMAIN
-            and rope.inputs[0] is not None
-            and self.rotary.fits(rope)
-        ):
+        if rope is not None and rope.domain == DOMAIN and rope.inputs[0] is not None and self.rotary.fits(rope):
             return self.rotary.replace(rope, self._tokens(rope.inputs[0], rope))
         transpose = match.producer(value, "Transpose")
         if transpose is None or _permutation(transpose) != _HEADS or transpose.inputs[0] is None:

@@ -17,6 +17,7 @@ from qcompile.graph.edits import new_initializer
 from qcompile.graph.workspace import Workspace
 
 CHUNKS = 8
+HIDDEN = -1e3  # a bias below this masks
 _VIEWS = ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape")
 
 
@@ -29,7 +30,7 @@ def is_causal(bias: ir.Value) -> bool:
         return any(v is not None and is_causal(v) for v in node.inputs)
     if node.op_type == "Where":
         masked = match.scalar(node.inputs[2])
-        return masked is not None and masked < -1 and _implies_order(node.inputs[0])
+        return masked is not None and masked < HIDDEN and _implies_order(node.inputs[0])
     return node.inputs[0] is not None and is_causal(node.inputs[0])
 
 
@@ -49,9 +50,7 @@ def _implies_order(condition: ir.Value | None) -> bool:
 def _is_axis(value: ir.Value | None, other: int) -> bool:
     """Whether ``value`` varies along the last two axes only, and not along ``other``."""
     shape = value.shape if value is not None else None
-    return (
-        shape is not None and len(shape) >= 2 and shape[other] == 1 and all(d == 1 for d in list(shape)[:-2])
-    )
+    return shape is not None and len(shape) >= 2 and shape[other] == 1 and all(d == 1 for d in list(shape)[:-2])
 
 
 def _range(value: ir.Value | None) -> ir.Value | None:
@@ -69,9 +68,7 @@ class Chunks:
         self.model, self.workspace = model, workspace
         self.pieces: dict[int, list[tuple[ir.Value, ir.Value, ir.Value]]] = {}
 
-    def attention(
-        self, inputs: list[ir.Value], attributes: list[ir.Attr], reader: ir.Node, name: str
-    ) -> ir.Node:
+    def attention(self, inputs: list[ir.Value], attributes: list[ir.Attr], reader: ir.Node, name: str) -> ir.Node:
         """The node that gives Attention(*inputs){attributes}, computed in chunks before ``reader``."""
         q, k, v, bias = inputs
         if id(bias) not in self.pieces:

@@ -199,9 +199,7 @@ class _Flattener:
             made = leading.producer()
             assert made is not None
             axis = [ir.AttrInt64("axis", 0)]
-            value = node_after(made, "", "Concat", [leading, held], f"{leading.name}.{width}", axis).outputs[
-                0
-            ]
+            value = node_after(made, "", "Concat", [leading, held], f"{leading.name}.{width}", axis).outputs[0]
             value.dtype, value.shape = ir.DataType.INT64, ir.Shape([3])
             self.shapes[key] = value
         return self.shapes[key]

@@ -11,11 +11,12 @@ import onnx_ir as ir
 from qcompile.backends.base import Kernel
 from qcompile.backends.ort.linear import PRODUCTS
 from qcompile.backends.ort.names import REASON, SITE
+from qcompile.graph.canonical import match
 
 LOW_BIT = (
     "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul",
 )  # fmt: skip
-_FUSED = re.compile(r"^fused |/\w+Fusion/?$")
+_FUSED = re.compile(r"^fused |(/\w+Fusion/)+$|/\w+Fusion$")
 
 
 def kernels(path: Path) -> list[Kernel]:
@@ -58,5 +59,11 @@ def _described(node: ir.Node, known: dict[str, ir.Node]) -> Kernel:
 def _reason(node: ir.Node, source: ir.Node | None) -> str:
     if node.op_type in ("Attention", "MultiHeadAttention"):
         return "products of activations: no integer kernel holds the softmax between them"
-    noted = source.metadata_props.get(REASON, "") if source is not None else ""
-    return noted or "kept in float by the recipe"
+    if source is None:
+        return "ONNX Runtime made it while optimising"
+    if REASON in source.metadata_props:
+        return source.metadata_props[REASON]
+    roots = [match.through(value, "Transpose") for value in source.inputs]
+    if not any(root is not None and root.is_initializer() for root in roots):
+        return "a product of two activations, not both quantised right before it"
+    return "kept in float by the recipe"

@@ -49,16 +49,10 @@ class Rotary:
 
     def _half(self, table: ir.Value, width: int, reader: ir.Node) -> ir.Value:
         if id(table) not in self.tables:
-            start, end, axis = (
-                self._constant(n, [v]) for n, v in (("start", 0), ("half", width // 2), ("last", -1))
-            )
-            half = node_before(reader, "", "Slice", [table, start, end, axis], f"{table.name}.half").outputs[
-                0
-            ]
+            start, end, axis = (self._constant(n, [v]) for n, v in (("start", 0), ("half", width // 2), ("last", -1)))
+            half = node_before(reader, "", "Slice", [table, start, end, axis], f"{table.name}.half").outputs[0]
             rows = self._constant("table_rows", [-1, width // 2])
-            self.tables[id(table)] = node_before(
-                reader, "", "Reshape", [half, rows], f"{table.name}.table"
-            ).outputs[0]
+            self.tables[id(table)] = node_before(reader, "", "Reshape", [half, rows], f"{table.name}.table").outputs[0]
             self.tables[id(table)].dtype = ir.DataType.FLOAT
         return self.tables[id(table)]
 
@@ -122,12 +116,6 @@ def _halves_equal(table: ir.Value) -> bool:
 
 def _keeps_last(node: ir.Node) -> bool:
     before, after = node.inputs[0], node.outputs[0]
-    if (
-        before is None
-        or before.shape is None
-        or after.shape is None
-        or not len(before.shape)
-        or not len(after.shape)
-    ):
+    if before is None or before.shape is None or after.shape is None or not len(before.shape) or not len(after.shape):
         return False
     return isinstance(before.shape[-1], int) and before.shape[-1] == after.shape[-1]

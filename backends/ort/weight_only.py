@@ -78,9 +78,7 @@ def _fits(weight: QuantisedWeight) -> bool:
     return all(int(a.min()) >= -MIDDLE and int(a.max()) < MIDDLE for a in arrays)
 
 
-def _replace(
-    model: ir.Model, product: ir.Node, weight: QuantisedWeight, block: int, workspace: Workspace
-) -> None:
+def _replace(model: ir.Model, product: ir.Node, weight: QuantisedWeight, block: int, workspace: Workspace) -> None:
     name, packed = str(weight.codes.name), pack(weight, block)
     inputs: list[ir.Value | None] = [
         product.inputs[0],

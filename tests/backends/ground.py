@@ -84,9 +84,7 @@ class Program:
         return {skip.reason for skip in self.entry.skips}
 
 
-def lower(
-    model: ir.Model, folder: Path, quantise: Callable[[ir.Model, Workspace], None] | None = None
-) -> Program:
+def lower(model: ir.Model, folder: Path, quantise: Callable[[ir.Model, Workspace], None] | None = None) -> Program:
     """Quantise and lower ``model``, and write both sides below ``folder``."""
     folder.mkdir(exist_ok=True)
     workspace = Workspace(folder)
@@ -116,9 +114,7 @@ def static(bits: int = 8, weights: WeightScheme = INT8) -> Callable[[ir.Model, W
     return quantise
 
 
-def per_token(
-    bits: int, symmetric: bool, weights: WeightScheme = INT8
-) -> Callable[[ir.Model, Workspace], None]:
+def per_token(bits: int, symmetric: bool, weights: WeightScheme = INT8) -> Callable[[ir.Model, Workspace], None]:
     """Every linear: the range of each row."""
 
     def quantise(model: ir.Model, workspace: Workspace) -> None:

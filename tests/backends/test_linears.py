@@ -80,15 +80,11 @@ def test_the_file_holds_no_float_weights(tmp_path: Path) -> None:
 def test_activations_with_a_scale_for_each_channel_group_say_why_not(tmp_path: Path) -> None:
     def quantise(model: ir.Model, workspace: Workspace) -> None:
         linear = find_linears(model.graph)[0]
-        steps = affine_from_range(
-            -np.linspace(1, 4, K), np.linspace(1, 4, K), 8, symmetric=False, signed=False
-        )
+        steps = affine_from_range(-np.linspace(1, 4, K), np.linspace(1, 4, K), 8, symmetric=False, signed=False)
         qdq.quantize_linear_weight(model, linear, quantize_weight(linear.w, INT8), workspace)
         qdq.quantize_static(model, linear.x, [(linear.node, 0)], steps, workspace, axis=2)
 
-    model = graph(
-        f"g (float[batch, seq, {K}] x) => (float[batch, seq, {N}] y) {{ y = MatMul(x, w) }}", w=normal(K, N)
-    )
+    model = graph(f"g (float[batch, seq, {K}] x) => (float[batch, seq, {N}] y) {{ y = MatMul(x, w) }}", w=normal(K, N))
     program = lower(model, tmp_path / "p", quantise)
     assert "activations have one scale for each channel group; the kernel takes one" in program.reasons()
     assert [(k["low_bit"], k["reason"]) for k in program.kernels] == [(False, EXPANDED)]
@@ -134,10 +130,7 @@ def test_per_token_rows_of_every_size(bits: int, symmetric: bool, tmp_path: Path
 
 def test_zero_points_of_weights_and_of_8_bit_rows_do_not_go_together(tmp_path: Path) -> None:
     program = lower(pair(), tmp_path / "p", per_token(8, False, by_column(8, symmetric=False)))
-    assert (
-        "weights and 8-bit activations both have zero points; the kernel corrects one of them"
-        in program.reasons()
-    )
+    assert "weights and 8-bit activations both have zero points; the kernel corrects one of them" in program.reasons()
     assert program.difference(feeds(2, 7)) < TOLERANCE
 
 
@@ -159,9 +152,7 @@ def test_correction_rows_add_up(sums: list[int], more: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("size", [None, 16, 32, 48])
-def test_low_bit_weights_reach_their_kernel(
-    bits: int, symmetric: bool, size: int | None, tmp_path: Path
-) -> None:
+def test_low_bit_weights_reach_their_kernel(bits: int, symmetric: bool, size: int | None, tmp_path: Path) -> None:
     scheme = by_column(bits, symmetric) if size is None else grouped(bits, size, symmetric)
     program = lower(pair(), tmp_path / "p", weight_only(scheme))
     assert program.operators()["MatMulNBits"] == 3

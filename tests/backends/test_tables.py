@@ -47,11 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Program, str]:
 def test_head_and_embedding_share_their_codes(case: tuple[Program, str]) -> None:
     program, kernel = case
     assert [k["kernel"] for k in program.kernels] == [kernel]
-    tables = [
-        v
-        for v in program.written.graph.initializers.values()
-        if v.const_value and v.const_value.size >= V * C
-    ]
+    tables = [v for v in program.written.graph.initializers.values() if v.const_value and v.const_value.size >= V * C]
     assert [v.dtype for v in tables] == [ir.DataType.INT8]
     for shape in ((1, 1), (3, 5)):
         assert program.difference(ids(*shape)) < TOLERANCE
@@ -60,3 +56,8 @@ def test_head_and_embedding_share_their_codes(case: tuple[Program, str]) -> None
 def test_only_the_rows_that_are_looked_up_become_floats(case: tuple[Program, str]) -> None:
     program, _ = case
     assert "DequantizeLinear" not in program.operators()
+
+
+def test_a_float_head_is_the_recipes_choice(tmp_path: Path) -> None:
+    program = lower(tied(), tmp_path / "p")
+    assert [k["reason"] for k in program.kernels] == ["kept in float by the recipe"]

@@ -69,7 +69,9 @@ MASKS = {
 }
 
 
-def attention(mask: str, groups: int = 1, rotary: bool = False, transposed_keys: bool = False) -> ir.Model:
+def attention(
+    mask: str, groups: int = 1, rotary: bool = False, transposed_keys: bool = False, hidden: float = -3.4e38
+) -> ir.Model:
     """q, k, v as torch's exporter makes them: Reshape and Transpose around the project's function."""
     kind = "Attention" if groups == 1 else "GroupedAttention"
     extra = "" if groups == 1 else f", groups = {groups}"
@@ -96,11 +98,9 @@ def attention(mask: str, groups: int = 1, rotary: bool = False, transposed_keys:
         "start": np.int64(0),
         "step": np.int64(1),
         "zero": np.float32(0),
-        "hidden": np.float32(-3.4e38),
+        "hidden": np.float32(hidden),
     }
-    constants = {k: np.array(v, np.int64) for k, v in numbers.items()} | {
-        k: np.array(v) for k, v in scalars.items()
-    }
+    constants = {k: np.array(v, np.int64) for k, v in numbers.items()} | {k: np.array(v) for k, v in scalars.items()}
     return graph(text, **{name: array for name, array in constants.items() if name in text})
 
 
@@ -121,9 +121,7 @@ def sequences(batch: int, length: int, groups: int = 1, padded: str = "") -> tup
 @pytest.mark.parametrize("padded", ["", "left", "right"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_is_one_operator_with_nothing_around_it(
-    mask: str, groups: int, padded: str, tmp_path: Path
-) -> None:
+def test_attention_is_one_operator_with_nothing_around_it(mask: str, groups: int, padded: str, tmp_path: Path) -> None:
     program = lower(attention(mask, groups), tmp_path / "p")
     operators = program.operators()
     assert operators["Attention"] == (8 if mask == "causal" else 1)
@@ -179,3 +177,28 @@ def test_rotary_tables_of_one_or_of_every_sample(batched: bool, tmp_path: Path) 
     assert program.operators()["RotaryEmbedding"] >= 1
     feeds = {"q": normal(3, 5, C), "angle": normal(3 if batched else 1, 1, 5, D // 2, seed=1)}
     assert program.difference(feeds) < TOLERANCE
+
+
+def test_rotary_tables_with_unequal_halves_are_left_to_the_function(tmp_path: Path) -> None:
+    text = f"""g (float[batch, seq, {C}] q, float[1, 1, seq, {D // 2}] a, float[1, 1, seq, {D // 2}] b)
+            => (float[batch, seq, {C}] y) {{
+        both = Concat <axis = -1> (a, b)
+        cos = Cos(both) sin = Sin(both)
+        q4 = Reshape(q, split) qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+        turned = qcompile.RotaryEmbedding(qh, cos, sin)
+        c = qcompile.Attention <scale = 1.0> (turned, turned, qh, zero)
+        ct = Transpose <perm = [0, 2, 1, 3]> (c)
+        y = Reshape(ct, joined)
+    }}"""
+    constants = {"split": np.array([0, 0, H, D]), "joined": np.array([0, 0, C]), "zero": np.array(0, np.float32)}
+    program = lower(graph(text, **constants), tmp_path / "p")
+    assert "RotaryEmbedding" not in program.operators()
+    tables = {name: normal(1, 1, 5, D // 2, seed=place) for place, name in enumerate("ab")}
+    assert program.difference({"q": normal(3, 5, C), **tables}) < TOLERANCE
+
+
+def test_a_soft_causal_bias_is_not_cut(tmp_path: Path) -> None:
+    program = lower(attention("causal", hidden=-5.0), tmp_path / "p")
+    assert program.operators()["Attention"] == 1
+    feeds, keep = sequences(2, 20)
+    assert program.difference(feeds, keep) < TOLERANCE
