@@ -22,6 +22,7 @@ from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, ho
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass
+from qcompile.quant.numerics import CLIP_BELOW_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Quantise(Pass):
             scheme = choice.attention.get(str(node.outputs[0].name))
             if scheme is not None:
                 static.update({str(v.name): scheme for v in node.inputs[:3] if v is not None})
-        narrow = self.energy and any(s.bits < 8 for s in choice.weights.values())
-        energy = [n for n in draft.readers()] if narrow else []
+        narrow = self.energy and any(s.bits < CLIP_BELOW_BITS for s in choice.weights.values())
+        energy = draft.inputs() if narrow else []
         if static or energy:
             draft.ranges = calibrate(ctx, draft.model, static, energy)
 

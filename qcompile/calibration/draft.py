@@ -70,6 +70,11 @@ class Draft:
         self._codes: dict[tuple[str, WeightScheme, bytes], QuantizedWeight] = {}
         self.choice = self._choose(recipe)
 
+    def inputs(self) -> list[str]:
+        """The inputs of all linears whose weights are quantised."""
+        linears = find_linears(self.model.graph)
+        return list(dict.fromkeys(str(linear.x.name) for linear in linears if linear.name in self.choice.weights))
+
     def readers(self) -> dict[str, list[str]]:
         """For each quantised activation the linears that read it."""
         found: dict[str, list[str]] = {}
