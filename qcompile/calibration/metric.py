@@ -8,6 +8,7 @@ model's.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,10 +57,11 @@ class Metric:
         return Measured(self.name, float(np.mean(each)), each)
 
     def drop(self, measured: Measured) -> float:
-        """How much worse than the float reference: relative for perplexity, the figure itself for cosine."""
-        if self.is_perplexity:
-            return measured.value / self.reference.value - 1
-        return measured.value
+        """How much worse than the float reference: relative for perplexity, the figure itself for cosine.
+
+        Infinite for a model that answers NaN.
+        """
+        return _worst(measured.value / self.reference.value - 1 if self.is_perplexity else measured.value)
 
     def cautious_drop(self, measured: Measured) -> float:
         """``drop`` plus one standard error over the samples, so that a few samples speak for the rest."""
@@ -67,7 +69,8 @@ class Metric:
             return self.drop(measured)
         gaps = np.asarray(measured.each) - (np.asarray(self.reference.each) if self.is_perplexity else 0.0)
         error = float(gaps.std(ddof=1) / np.sqrt(gaps.size))
-        return float(np.expm1(gaps.mean() + error)) if self.is_perplexity else float(gaps.mean() + error)
+        cautious = float(gaps.mean()) + error
+        return _worst(float(np.expm1(cautious)) if self.is_perplexity else cautious)
 
     def _outputs(self, model: ir.Model) -> Iterable[tuple[Any, np.ndarray]]:
         for sample, values in self._ctx.runner.stream(model, self._samples, [self._output], "measuring"):
@@ -99,6 +102,10 @@ class Metric:
             for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
         )
         return bool(np.allclose(before, after, rtol=1e-4, atol=1e-4))
+
+
+def _worst(drop: float) -> float:
+    return math.inf if math.isnan(drop) else drop
 
 
 @dataclasses.dataclass(frozen=True)

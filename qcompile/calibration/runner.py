@@ -69,9 +69,12 @@ class OrtRunner:
     ) -> Iterator[tuple[Any, Arrays]]:
         """Yield ``(sample, {name: array})`` for the values ``fetch`` of ``model``, computed on each sample.
 
+        Nothing is run and nothing comes when ``fetch`` is empty.
         Raises UserError when ONNX Runtime cannot load or run the model.
         """
         names = list(dict.fromkeys(fetch))
+        if not names:
+            return
         session = open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)
         known = {i.name for i in session.get_inputs()}
         for sample in samples:

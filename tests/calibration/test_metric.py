@@ -114,6 +114,15 @@ def test_the_drop_of_a_language_model_is_relative_and_of_others_the_figure() -> 
         assert metric.cautious_drop(uneven) == pytest.approx(np.expm1(0.2))  # mean 0.1, standard error 0.1
 
 
+@pytest.mark.parametrize("name", ("gpt2", "bert"))
+def test_a_model_that_answers_nan_is_infinitely_worse(name: str) -> None:
+    """NaN compares false with everything: as a figure it would pass for one that holds the gate."""
+    with bench(cached_export(name)) as found:
+        metric = Metric(found.ctx, found.model, samples())
+        broken = Measured(metric.name, float("nan"), (float("nan"), 0.1, 0.1))
+        assert metric.drop(broken) == metric.cautious_drop(broken) == float("inf")
+
+
 def test_cosine_is_that_of_numpy_at_real_tokens_only() -> None:
     with bench(cached_export("bert")) as found:
         some = samples((5, 12), total=16)
