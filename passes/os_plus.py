@@ -91,12 +91,11 @@ class OsPlus(Transform):
         def power(exponent: float) -> tuple[np.ndarray, np.ndarray]:
             return power_scale(energy, weight, exponent), centre
 
+        assert found.loss is not None
         other = search(POWERS, power, loss, found.loss)
-        return (
-            dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
-            if other.loss < found.loss
-            else found
-        )
+        if other.loss == found.loss:
+            return found
+        return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
 
 
 def power_scale(energy: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:

@@ -76,7 +76,8 @@ def _forward(starts: Sequence[ir.Value], stops: set[int]) -> tuple[list[ir.Node]
 
 
 def _leads_to(node: ir.Node, joins: list[ir.Value]) -> bool:
-    goal, pending, seen = {id(j) for j in joins}, list(node.outputs), set()
+    goal, pending = {id(j) for j in joins}, list(node.outputs)
+    seen: set[int] = set()
     while pending:
         value = pending.pop()
         if id(value) in goal:
@@ -113,13 +114,10 @@ def _extract(model: ir.Model, inside: list[ir.Node], inputs: list[ir.Value], out
     for value in inputs:
         mapping[id(value)] = ir.Value(name=value.name, type=value.type or ir.TensorType(ir.DataType.FLOAT))
     for node in inside:
-        for value in node.inputs:
-            if value is not None and id(value) not in mapping and value.is_initializer():
-                held = ir.tensor(value.const_value.numpy().copy(), name=value.name)  # type: ignore[union-attr]
-                mapping[id(value)] = ir.Value(
-                    name=value.name, const_value=held, type=ir.TensorType(held.dtype), shape=held.shape
-                )
-                initializers.append(mapping[id(value)])
+        for source in node.inputs:
+            if source is not None and id(source) not in mapping and source.is_initializer():
+                mapping[id(source)] = _constant_copy(source)
+                initializers.append(mapping[id(source)])
     nodes = []
     for node in inside:
         copy = ir.Node(
@@ -138,6 +136,12 @@ def _extract(model: ir.Model, inside: list[ir.Node], inputs: list[ir.Value], out
         ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     ).SerializeToString()
     return proto
+
+
+def _constant_copy(value: ir.Value) -> ir.Value:
+    assert value.const_value is not None
+    held = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    return ir.Value(name=value.name, const_value=held, type=ir.TensorType(held.dtype), shape=value.shape)
 
 
 @dataclasses.dataclass

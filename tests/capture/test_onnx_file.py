@@ -43,7 +43,7 @@ def proto(nodes: list[onnx.NodeProto], opset: int = 17, **weights: np.ndarray) -
 
 
 def linear(**weights: np.ndarray) -> onnx.ModelProto:
-    return proto([helper.make_node("MatMul", ["x", "w"], ["y"], "fc")], **weights)
+    return proto([helper.make_node("MatMul", ["x", "w"], ["y"], "fc")], 17, **weights)
 
 
 def saved(model: onnx.ModelProto, folder: Path) -> Path:

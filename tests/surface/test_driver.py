@@ -214,19 +214,6 @@ def test_a_missed_gate_raises_and_writes_nothing(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("drops", "exceptions", "expected"),
-    [([(0, 0.01)], 0, 0.01), ([(0, 0.9), (2, 0.04), (1, 0.2)], 2, 0.04), ([(1, 0.9), (1, 0.7)], 1, 0.7)],
-)
-def test_the_drop_of_a_gate_is_that_of_the_choice_taken(
-    drops: list[tuple[int, float]], exceptions: int, expected: float
-) -> None:
-    steps = [{"exceptions": count, "drop": drop} for count, drop in drops]
-    gate = {"max_drop": 0.1, "steps": steps, "exceptions": {str(i): "float" for i in range(exceptions)}}
-    filled = driver._gate(gate)
-    assert filled is not None and filled["drop"] == expected
-
-
 def test_weights_that_give_nan_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises((UserError, ContractError), match=r"(?i)nan|finite|inf"):
         compile_float(write_model(tmp_path / "bad.onnx", scale=float("nan")))
