@@ -15,6 +15,7 @@ from qcompile.pipeline import Context
 
 CHUNK_BYTES = 256 << 20  # activations held at a time
 ROUNDS = 2  # of refinement
+RANGE_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,19 @@ class Found:
 
 
 def channel_ranges(ctx: Context, model: ir.Model, sites: Sequence[Site]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(lo, hi) of every channel of each site's tensor over all samples, in the producer's channels."""
+    """(lo, hi) of every channel of each site's tensor over ``RANGE_TOKENS`` tokens, in the producer's channels.
+
+    A fold is an equivalence whatever the range, so a part of the samples will do here; static ranges are
+    calibrated on all of them, after the fold.
+    """
     found = {site.linears[0].x.name: ChannelRange() for site in sites}
-    observe(ctx, model, {str(name): [collector] for name, collector in found.items()}, label="channel ranges")
+    observe(
+        ctx,
+        model,
+        {str(name): [collector] for name, collector in found.items()},
+        _first_tokens(ctx, RANGE_TOKENS),
+        "channel ranges",
+    )
     return [_per_producer(site, found[site.linears[0].x.name]) for site in sites]
 
 
