@@ -19,7 +19,7 @@ from qcompile.calibration.runner import OrtRunner
 from qcompile.calibration.samples import Sample
 from qcompile.errors import UserError
 from qcompile.graph.functions import DOMAIN, use
-from qcompile.graph.provenance import layer_name, remember
+from qcompile.graph.provenance import LAYER, layer_name, remember
 from qcompile.graph.workspace import INLINE_BYTES, Workspace
 from qcompile.ledger import Ledger, Preserves
 from qcompile.pipeline import PASSES, Context, IrPass, Pass, Target, known_passes, make_pass, split_passes
@@ -96,9 +96,7 @@ def test_items_are_split_at_commas_outside_braces() -> None:
     assert split_passes("") == []
 
 
-@pytest.mark.parametrize(
-    "text", ("a b", "a{x=1", "a{x=1}}", "a,,b", "{x=1}", "a{x}", "a{=1}", "a{x=}", "a{x=1 x=2}")
-)
+@pytest.mark.parametrize("text", ("a b", "a{x=1", "a{x=1}}", "a,,b", "{x=1}", "a{x}", "a{=1}", "a{x=}", "a{x=1 x=2}"))
 def test_what_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         split_passes(text)
@@ -128,21 +126,19 @@ def test_mistakes_in_options_are_named(
 
 
 def run_here(one: Pass, model: ir.Model, workspace: Workspace) -> int:
-    ctx = Context(
-        workspace, Ledger(), by_name("float"), Target("plain", "onnxruntime", ""), [], OrtRunner(workspace)
-    )
+    ctx = Context(workspace, Ledger(), by_name("float"), Target("plain", "onnxruntime", ""), [], OrtRunner(workspace))
     return one.run(model, ctx)
 
 
 def model_with_a_function() -> ir.Model:
-    """x -> MatMul (large weight) -> Add -> qcompile.Silu -> y, with a module path on the MatMul."""
+    """x -> MatMul (large weight) -> Add -> qcompile.Silu -> y, with a module path in the MatMul's metadata."""
     w = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32)
     assert w.nbytes > INLINE_BYTES
     value = helper.make_tensor_value_info
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["p"], "/model/fc/MatMul"),
-        helper.make_node("Add", ["p", "b"], ["s"], "/model/fc/Add"),
-        helper.make_node("Silu", ["s"], ["y"], "/model/act/Silu", domain=DOMAIN),
+        helper.make_node("MatMul", ["x", "w"], ["p"], "n1"),
+        helper.make_node("Add", ["p", "b"], ["s"], "n2"),
+        helper.make_node("Silu", ["s"], ["y"], "n3", domain=DOMAIN),
     ]
     held = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.ones(WIDTH, np.float32), "b")]
     ends = [value("x", TensorProto.FLOAT, ["n", WIDTH])], [value("y", TensorProto.FLOAT, ["n", WIDTH])]
@@ -150,6 +146,7 @@ def model_with_a_function() -> ir.Model:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
     use(model, "Silu")
+    next(iter(model.graph)).metadata_props[LAYER] = "model.fc"
     remember(model)
     return model
 
@@ -196,9 +193,7 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "function", ("in_place", "returned", "AsPass", "instance", "surgeon", "surgeon_returns")
-)
+@pytest.mark.parametrize("function", ("in_place", "returned", "AsPass", "instance", "surgeon", "surgeon_returns"))
 def test_a_function_of_a_file_is_a_pass(mine: Path, function: str, tmp_path: Path) -> None:
     one = make_pass(f"{mine}:{function}", {})
     assert isinstance(one, IrPass) and one.spec == f"mine.py:{function}" and one.preserves == "approximation"
@@ -226,9 +221,7 @@ def test_a_function_of_a_file_is_a_pass(mine: Path, function: str, tmp_path: Pat
         ("{failing}:f", "cannot be imported: ZeroDivisionError"),
     ],
 )
-def test_a_file_that_does_not_serve_is_the_users_error(
-    mine: Path, tmp_path: Path, name: str, message: str
-) -> None:
+def test_a_file_that_does_not_serve_is_the_users_error(mine: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "failing.py").write_text("1 / 0\n")
     paths = {stem: str(tmp_path / f"{stem}.py") for stem in ("mine", "broken", "failing")}

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.ranges import Ranges, outlier_columns
 from qcompile.errors import ContractError
-from qcompile.graph.edits import constant_array
+from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.functions import is_op
 from qcompile.graph.provenance import original_name
 from qcompile.graph.qdq import (
@@ -91,6 +91,10 @@ class Draft:
 
     def apply(self, model: ir.Model, choice: Choice, alpha: float) -> int:
         """Write ``choice`` into ``model``; returns the number of linears and tables quantised."""
+        with naming(model):
+            return self._apply(model, choice, alpha)
+
+    def _apply(self, model: ir.Model, choice: Choice, alpha: float) -> int:
         linears = find_linears(model.graph)
         tables = self._tables(model, choice)
         count = sum(self._weight(model, linear, choice) for linear in linears if not linear.transposed)

@@ -8,7 +8,7 @@ with bins of constant relative width (DDSketch, arXiv 1908.10693).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ Range = tuple[float, float]
 class Collector(Protocol):
     """Anything that is fed the real rows of a value, sequence by sequence."""
 
-    def update(self, rows: np.ndarray) -> None: ...
+    def update(self, rows: np.ndarray) -> None:
+        """Take in ``rows`` (tokens, channels) float32, which may be empty."""
 
 
 class LogHistogram:
@@ -53,6 +54,7 @@ class LogHistogram:
 
     @property
     def centres(self) -> np.ndarray:
+        """The value that stands for each bin: (bins,), ascending."""
         steps = np.arange(self._size) + self._offset
         positive = np.exp((steps + 0.5) * self._log_growth)
         return np.concatenate([-positive[::-1], [0.0], positive])
@@ -115,9 +117,7 @@ class Percentile(MinMax):
     def range(self) -> Range:
         lo, hi = super().range()
         tail = (1 - self._keep) / 2
-        return max(lo, min(self._sketch.quantile(tail), 0.0)), min(
-            hi, max(self._sketch.quantile(1 - tail), 0.0)
-        )
+        return max(lo, min(self._sketch.quantile(tail), 0.0)), min(hi, max(self._sketch.quantile(1 - tail), 0.0))
 
 
 class MeanSquaredError(MinMax):
@@ -165,9 +165,7 @@ class TokenWise(MinMax):
         lo, hi = self.range()
         if alpha >= 1.0:
             return lo, hi
-        return max(lo, min(self._bottom.quantile(1 - alpha), 0.0)), min(
-            hi, max(self._top.quantile(alpha), 0.0)
-        )
+        return max(lo, min(self._bottom.quantile(1 - alpha), 0.0)), min(hi, max(self._top.quantile(alpha), 0.0))
 
 
 class ChannelRange:
@@ -186,6 +184,7 @@ class ChannelRange:
 
     @property
     def absmax(self) -> np.ndarray:
+        """The largest magnitude of every channel: (C,)."""
         assert self.lo is not None and self.hi is not None
         reach: np.ndarray = np.maximum(np.abs(self.lo), np.abs(self.hi))
         return reach
@@ -219,7 +218,7 @@ def sequences(value: np.ndarray, mask: np.ndarray | None) -> Iterator[np.ndarray
 def observe(
     ctx: Context,
     model: ir.Model,
-    collectors: dict[str, list[Any]],
+    collectors: Mapping[str, Sequence[Collector]],
     samples: Iterable[Any] | None = None,
     label: str = "calibrating",
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,6 +13,8 @@ from qcompile.graph.provenance import ORIGIN
 from qcompile.graph.workspace import Workspace
 
 _LAYOUT = ("Transpose", "Identity")
+_NAMES = "qcompile.names"  # while ``naming``: all names of values
+_WITH_SUBGRAPHS = ("If", "Loop", "Scan", "SequenceMap")
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:
@@ -52,9 +57,22 @@ def new_initializer(model: ir.Model, name_hint: str, array: np.ndarray, workspac
     return _register(model, name_hint, workspace.tensor(array, name_hint))
 
 
+@contextlib.contextmanager
+def naming(model: ir.Model) -> Iterator[None]:
+    """Inside, names are looked up in one set instead of in the whole graph each time: for many edits in a row.
+
+    Nodes that are added inside must give their outputs names that no initializer added after them asks for.
+    """
+    model.meta[_NAMES] = _value_names(model)
+    try:
+        yield
+    finally:
+        del model.meta[_NAMES]
+
+
 def unique_name(model: ir.Model, hint: str) -> str:
     """``hint`` when no value of the model has that name, else the first free ``hint_N``."""
-    taken = _value_names(model)
+    taken = model.meta.get(_NAMES) or _value_names(model)
     if hint not in taken:
         return hint
     number = 1
@@ -101,15 +119,15 @@ def _renamed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
             tensor.location, tensor.offset, tensor.length, tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()), name=tensor.name, base_dir=tensor.base_dir,
         )  # fmt: skip
-    return ir.Tensor(
-        tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
-    )
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _register(model: ir.Model, hint: str, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(name=unique_name(model, hint))
     _assign(value, tensor)
     model.graph.register_initializer(value)
+    if _NAMES in model.meta:
+        model.meta[_NAMES].add(value.name)
     return value
 
 
@@ -122,8 +140,18 @@ def _assign(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 
 def _value_names(model: ir.Model) -> set[str | None]:
     names: set[str | None] = set()
-    for graph in model.graphs():
+    pending = [model.graph]
+    while pending:
+        graph = pending.pop()
         names.update(value.name for value in graph.inputs)
         names.update(graph.initializers)
-        names.update(output.name for node in graph for output in node.outputs)
+        for node in graph:
+            names.update(output.name for output in node.outputs)
+            if node.op_type in _WITH_SUBGRAPHS:
+                pending.extend(_subgraphs(node))
     return names
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    found = (a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH)
+    return [attribute.as_graph() for attribute in found]

@@ -15,6 +15,7 @@ from qcompile.errors import ContractError
 from qcompile.graph.edits import (
     constant_array,
     is_tied,
+    naming,
     new_initializer,
     own_initializer,
     replace_constant,
@@ -118,6 +119,23 @@ def test_unique_name_avoids_outputs_of_nodes() -> None:
     taken = model.graph[0].outputs[0]
     taken.name = "scale"
     assert unique_name(model, "scale") == "scale_1"
+
+
+def test_unique_name_avoids_names_inside_branches() -> None:
+    inner = ir.node("Constant", [], {"value": ir.tensor(LARGE)})
+    inner.outputs[0].name = "inner"
+    branch = ir.Graph([], inner.outputs, nodes=[inner], name="branch")
+    model = model_of([ir.node("If", [ir.val("c")], {"then_branch": branch, "else_branch": branch})])
+    assert unique_name(model, "inner") == "inner_1"
+
+
+def test_names_are_unique_within_many_edits(workspace: Workspace) -> None:
+    model = shared()
+    model.graph[0].outputs[0].name = "taken"
+    with naming(model):
+        names = [new_initializer(model, "taken", LARGE, workspace).name for _ in range(3)]
+    assert names == ["taken_1", "taken_2", "taken_3"] and not model.meta
+    assert unique_name(model, "taken") == "taken_4"
 
 
 def test_constant_array_looks_through_identity_and_constant() -> None:
