@@ -99,9 +99,14 @@ def compile(
                  with ``example_inputs`` (tensors by argument name) and maybe ``dynamic_shapes``
     recipe:      a name, a .toml file or a Recipe
     passes:      the transforms; None means os_plus where the recipe quantises activations
-    calibration: a path (.npz, folder, .txt, .jsonl) or a list of {input name: array}; None uses built-in text
+    calibration: a path (.npz, folder, .txt, .jsonl) or a list of {input name: array}; None uses built-in text,
+                 or random data (of ``seed``) where the model reads no text or there is no tokenizer
+    tokenizer:   folder with tokenizer.json; None takes one that lies beside the model
     max_drop:    the allowed drop of the output metric; GateError when it cannot be held
-    dump:        folder for the model after each pass;  output: folder to save to
+    max_samples, max_length: calibration samples at most, and tokens in one of them
+    dump:        folder for the model after each pass
+    output:      folder to save to; ``force`` replaces whatever is in it
+    allow_pickle: load .bin weights, which can run code of whoever made them
 
     Raises UserError for what the caller can mend, ContractError when a pass breaks its promise.
     """
@@ -116,23 +121,12 @@ def compile(
     try:
         with writing():
             say(f"pipeline: {', '.join(p.spec for p in pipeline)}")
-            taken = take(
-                model,
-                workspace,
-                example_inputs=example_inputs,
-                dynamic_shapes=dynamic_shapes,
-                allow_pickle=allow_pickle,
-            )
+            torch_only = {"example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
+            taken = take(model, workspace, allow_pickle=allow_pickle, **torch_only)
             words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
-            samples, described = take_samples(taken.model, calibration, words, max_samples, max_length)
+            samples, described = take_samples(taken.model, calibration, words, max_samples, max_length, seed)
             ctx = context(workspace, settings, backend, samples, max_drop, seed)
-            inputs = {
-                "name": taken.name,
-                "source": taken.source,
-                "calibration": described,
-                "tokenizer": describe_tokenizer(words),
-                "interface": interface(taken.model),
-            }
+            inputs = _inputs(taken, described, words)
             compiled = _compiled(taken, pipeline, ctx, backend, inputs, None if dump is None else Path(dump))
         if output is not None:
             compiled.save(output, force=force)
@@ -140,6 +134,17 @@ def compile(
     except BaseException:
         workspace.close()
         raise
+
+
+def _inputs(taken: Taken, calibration: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+    """What the manifest says of everything that went in."""
+    return {
+        "name": taken.name,
+        "source": taken.source,
+        "calibration": calibration,
+        "tokenizer": describe_tokenizer(tokenizer),
+        "interface": interface(taken.model),
+    }
 
 
 def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend) -> list[Pass]:

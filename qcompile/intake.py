@@ -173,16 +173,16 @@ def external_files(path: Path) -> list[Path]:
 
 
 def take_samples(
-    model: ir.Model, calibration: Any, tokenizer: Path | None, max_samples: int, max_length: int
+    model: ir.Model, calibration: Any, tokenizer: Path | None, max_samples: int, max_length: int, seed: int = 0
 ) -> tuple[Any, dict[str, Any]]:
-    """The calibration samples, and what the manifest says of them."""
+    """The calibration samples, and what the manifest says of them; ``seed`` is that of random data."""
     if calibration is not None and not isinstance(calibration, str | Path):
         given = GivenSamples(calibration, model)
         return given, {"kind": "arrays", "samples": len(given), "sha256": given.digest()}
     from qcompile.calibration.samples import load_samples
 
     path = None if calibration is None else Path(calibration)
-    samples = load_samples(model, path, tokenizer, max_samples=max_samples, max_length=max_length)
+    samples = load_samples(model, path, tokenizer, max_samples=max_samples, max_length=max_length, seed=seed)
     for text in samples.warnings_:
         warn(text)
     described: dict[str, Any] = {"samples": len(samples), "max_length": max_length}

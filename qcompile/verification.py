@@ -54,7 +54,7 @@ def verify(
         source = original if original is not None else str(folder / "model.onnx")
         taken = take(source, workspace, allow_pickle=allow_pickle)
         words = tokenizer if tokenizer is not None else taken.tokenizer
-        samples, _ = take_samples(taken.model, calibration, words, PROOF_SAMPLES, max_length)
+        samples, _ = take_samples(taken.model, calibration, words, PROOF_SAMPLES, max_length, record["seed"])
         checks.append(_runs(program, samples))
         if original is not None:
             checks.append(_source(taken.source, record))

@@ -10,10 +10,8 @@ import onnx_ir as ir
 
 from qcompile.calibration.arrays import check_feeds
 from qcompile.calibration.inputs import complete, model_inputs
-from qcompile.calibration.samples import Sample
+from qcompile.calibration.samples import Sample, mask_input
 from qcompile.errors import UserError
-
-MASK = "attention_mask"
 
 
 class GivenSamples:
@@ -21,7 +19,7 @@ class GivenSamples:
 
     def __init__(self, given: Iterable[Mapping[str, np.ndarray]], model: ir.Model) -> None:
         inputs = model_inputs(model)
-        by_name = {item.name: item for item in inputs}
+        by_name, masked = {item.name: item for item in inputs}, mask_input(inputs)
         self._samples = []
         for index, feeds in enumerate(given):
             if not isinstance(feeds, Mapping):
@@ -31,7 +29,7 @@ class GivenSamples:
                 )
             done = complete({name: np.asarray(array) for name, array in feeds.items()}, inputs)
             check_feeds(done, by_name)
-            mask = done[MASK].astype(bool) if MASK in done else None
+            mask = done[masked].astype(bool) if masked is not None else None
             self._samples.append(Sample(done, mask))
         if not self._samples:
             raise UserError("the calibration list is empty", hint="give at least one {input name: array}")

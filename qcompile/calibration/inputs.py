@@ -76,9 +76,9 @@ def complete(feeds: Arrays, inputs: Sequence[Input]) -> Arrays:
     return {item.name: done[item.name] for item in inputs}
 
 
-def random_rows(inputs: Sequence[Input], length: int, count: int) -> list[Arrays]:
+def random_rows(inputs: Sequence[Input], length: int, count: int, seed: int = 0) -> list[Arrays]:
     """Random rows (one sample each, no batch axis) for the inputs that ``complete`` cannot make."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     sides: dict[str, int] = {}
     wanted = [item for item in inputs if not _can_be_made(item)]
     return [

@@ -74,7 +74,7 @@ class SampleSet:
         self._max_samples = max_samples
         self._pad_id = pad_id
         self._batch = _batch_size(inputs, batch)
-        self._mask_input = _mask_input(inputs)
+        self._mask_input = mask_input(inputs)
         self._sequence_inputs = _sequence_inputs(inputs, self._mask_input)
         self._length = sum(1 for _ in self)  # reads and checks everything once
         if self._length == 0:
@@ -144,12 +144,13 @@ class SampleSet:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What the caller asked for. limit: tokens in a sample; see ``load_samples`` for ``windows``."""
+    """What the caller asked for. limit: tokens in a sample; see ``load_samples`` for the rest."""
 
     max_samples: int
     limit: int
     batch: int
     windows: bool | None
+    seed: int
 
 
 def load_samples(
@@ -160,6 +161,7 @@ def load_samples(
     max_length: int = 512,
     batch: int = 1,
     windows: bool | None = None,
+    seed: int = 0,
 ) -> SampleSet:
     """The calibration samples for ``model``.
 
@@ -168,12 +170,13 @@ def load_samples(
     tokenizer: ``tokenizer.json`` or the folder that holds it; text needs it
     windows: True cuts the whole text into windows of ``max_length`` tokens without overlap (language models),
         False takes one line a sample; None decides from the model's output and the tokenizer
+    seed: of the random data
 
     Everything is read and checked once here. Raises UserError naming the key, the expected and the found.
     """
     inputs = model_inputs(model)
     limit = min(max_length, position_limit(model), _static_length(inputs))
-    request = _Request(max_samples, limit, batch, windows)
+    request = _Request(max_samples, limit, batch, windows, seed)
     if calib is None:
         return _default_samples(model, inputs, tokenizer, request)
     if not calib.exists():
@@ -199,7 +202,8 @@ def _default_samples(
             "give --calib with text like yours for better accuracy"
         )
         return samples
-    rows = random_rows(inputs, request.limit, count=min(request.max_samples, RANDOM_BATCHES * request.batch))
+    count = min(request.max_samples, RANDOM_BATCHES * request.batch)
+    rows = random_rows(inputs, request.limit, count, request.seed)
     what = "token ids" if _token_input(inputs) is not None else "inputs"
     warning = f"no calibration data given: random {what} are used, so the ranges mean little; give --calib"
     return SampleSet(lambda: iter(rows), inputs, batch=request.batch, warnings_=[warning])
@@ -262,7 +266,8 @@ def _batch_size(inputs: Sequence[Input], wanted: int) -> int:
     return int(max(static)) if static else wanted
 
 
-def _mask_input(inputs: Sequence[Input]) -> str | None:
+def mask_input(inputs: Sequence[Input]) -> str | None:
+    """The name of the input that says which tokens are real; an encoder's before a decoder's."""
     masks = [
         item.name for item in inputs if "mask" in item.name and len(item.shape) == 2 and item.is_discrete
     ]

@@ -47,7 +47,7 @@ from qcompile.commands.text import columns
 )
 @click.option("--force", is_flag=True, help="Replace everything in the output folder.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of every random choice."
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random calibration data."
 )
 @options.allow_pickle
 @options.debug

@@ -1,0 +1,55 @@
+"""Samples that the caller holds, and random ones."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from qcompile.calibration.given import GivenSamples
+from qcompile.errors import UserError
+from qcompile.intake import take_samples
+
+
+def masked_model(mask: str) -> ir.Model:
+    """y = x * mask over (batch, sequence), the mask under a name of its own."""
+    value = helper.make_tensor_value_info
+    types = {"x": TensorProto.FLOAT, mask: TensorProto.INT64}
+    inputs = [value(name, kind, ["batch", "sequence"]) for name, kind in types.items()]
+    nodes = [
+        helper.make_node("Cast", [mask], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "m"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "masked", inputs, [value("y", TensorProto.FLOAT, ["batch", "sequence"])])
+    proto: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return ir.from_proto(proto)
+
+
+@pytest.mark.parametrize("name", ("attention_mask", "input_mask"))
+def test_padding_is_known_whatever_the_mask_is_called(name: str) -> None:
+    mask = np.array([[1, 1, 0]])
+    (sample,) = GivenSamples([{"x": np.ones((1, 3), np.float32), name: mask}], masked_model(name))
+    assert sample.mask is not None and sample.mask.tolist() == [[True, True, False]]
+
+
+def test_an_empty_list_and_a_list_of_arrays_are_refused() -> None:
+    with pytest.raises(UserError, match="calibration list is empty"):
+        GivenSamples([], masked_model("mask"))
+    with pytest.raises(UserError, match="sample 0 is a ndarray"):
+        GivenSamples([np.ones(3)], masked_model("mask"))  # type: ignore[list-item]
+
+
+def test_the_digest_tells_samples_apart() -> None:
+    def digest(number: float) -> str:
+        feeds: dict[str, np.ndarray] = {"x": np.full((1, 2), number, np.float32), "mask": np.ones((1, 2), np.int64)}
+        return GivenSamples([feeds], masked_model("mask")).digest()
+
+    assert digest(1) == digest(1) != digest(2)
+
+
+def test_random_data_follows_the_seed() -> None:
+    def drawn(seed: int) -> np.ndarray:
+        samples, _ = take_samples(masked_model("codes"), None, None, 4, 8, seed)
+        return np.concatenate([sample.feeds["x"] for sample in samples])
+
+    assert np.array_equal(drawn(3), drawn(3)) and not np.array_equal(drawn(3), drawn(4))
