@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
+from qcompile.manifest import installed
 
 Row = dict[str, Any]
 _SETTINGS = ("kind", "model", "limit", "threads", "samples", "passes", "machine")
@@ -23,7 +22,7 @@ class Results:
     def __init__(self, path: Path, kind: str, *, command: str, **about: Any) -> None:
         self._path = path.with_suffix(".json")
         self._command = command
-        self._about = {"kind": kind, **about, "machine": machine(), "versions": versions()}
+        self._about = {"kind": kind, **about, "machine": machine(), "versions": installed(_PACKAGES)}
         self._rows: list[Row] = []
         if self._path.is_file():
             kept = json.loads(self._path.read_text(encoding="utf-8"))
@@ -68,14 +67,3 @@ def machine() -> str:
 def _integer_units(flags: str) -> str:
     found = [name for name in ("avx512_vnni", "amx_int8") if name in flags.split()]
     return f" ({', '.join(found)})" if found else ""
-
-
-def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -53,8 +53,13 @@ def versions() -> dict[str, str]:
     """The versions that decide the result; packages that are not installed are left out."""
     from qcompile import __version__
 
-    found = {"qcompile": __version__}
-    for name in _PACKAGES:
+    return {"qcompile": __version__, **installed(_PACKAGES)}
+
+
+def installed(distributions: Iterable[str]) -> dict[str, str]:
+    """The versions of those distributions that are installed."""
+    found = {}
+    for name in distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.tables import all_results, table
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; a ``|`` in a cell is escaped."""
-    titles = list(head)
-    lines = [titles, ["---"] * len(titles), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def passes() -> str:
@@ -64,8 +58,6 @@ def command_help() -> str:
 
 def numbers() -> str:
     """The tables of benchmarks/results."""
-    from benchmarks.tables import all_results
-
     return all_results()
 
 
@@ -89,15 +81,5 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
     return text
 
 
-def missing(part: str) -> str:
-    """The first module that the part is made from and that does not exist; empty if all do."""
-    from qcompile.backends import TARGETS
-    from qcompile.pipeline import PASSES
-
-    tables = {"passes": PASSES, "targets": TARGETS, "help": {"help": "qcompile.cli"}}
-    modules = [address.partition(":")[0] for address in tables.get(part, {}).values()]
-    return next((name for name in modules if importlib.util.find_spec(name) is None), "")
-
-
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(), {name: PARTS[name] for name in PARTS if not missing(name)}))
+    README.write_text(filled(README.read_text(), PARTS))

@@ -159,6 +159,5 @@ def test_importing_the_package_is_light() -> None:
     assert heavy_after("import qcompile.pipeline; qcompile.pipeline.known_passes()") == ""
 
 
-@pytest.mark.skipif(not (ROOT / "qcompile/cli.py").exists(), reason="the command is not there yet")
 def test_importing_the_command_is_light() -> None:
     assert heavy_after("import qcompile.cli") == ""

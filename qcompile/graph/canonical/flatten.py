@@ -25,7 +25,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
     for reshape in list(match.nodes(model.graph, "Reshape")):
         _merge_heads_first(model, reshape, workspace)
         _sink(model, reshape, workspace)
-    return sum(_undo(model, node) for node in match.nodes(model.graph, "Reshape"))
+    return sum(undo(model, node, _flattened(node.inputs[0])) for node in match.nodes(model.graph, "Reshape"))
 
 
 def _merge_heads_first(model: ir.Model, reshape: ir.Node, workspace: Workspace) -> None:
@@ -125,9 +125,9 @@ def _exchange(model: ir.Model, node: ir.Node, inputs: list[ir.Value | None], wor
     return reshape
 
 
-def _undo(model: ir.Model, node: ir.Node) -> int:
-    """Reshape(Reshape(x (B, S, C), [-1, C]), [B, S, C]) -> x."""
-    x, value = _flattened(node.inputs[0]), node.outputs[0]
+def undo(model: ir.Model, node: ir.Node, x: ir.Value | None) -> int:
+    """Reshape(Reshape(x, ..), shape of x) -> x; ``x`` is None where ``node`` reads no such Reshape."""
+    value = node.outputs[0]
     if x is None or x.shape is None or value.shape is None or value.is_graph_output():
         return 0
     if not same_shape(x.shape, value.shape):

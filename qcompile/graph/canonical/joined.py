@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.canonical import match
+from qcompile.graph.canonical.flatten import undo
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import is_op
 from qcompile.graph.trace import same_shape
@@ -21,7 +22,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
     """Part every joined attention; returns how many reshapes were undone."""
     for node in match.nodes(model.graph, "MatMul", "Transpose", "Add", "Mul", "Div", "Softmax"):
         _part(model, node, workspace)
-    return sum(_undo(model, node) for node in match.nodes(model.graph, "Reshape"))
+    return sum(undo(model, node, _joined(node.inputs[0])) for node in match.nodes(model.graph, "Reshape"))
 
 
 def _joined(value: ir.Value | None) -> ir.Value | None:
@@ -120,16 +121,3 @@ def _joined_shape(model: ir.Model, node: ir.Node, value: ir.Value, workspace: Wo
     graph.insert_after(node, [shape, whole])
     shape.outputs[0].name, whole.outputs[0].name = f"{value.name}_sizes", f"{value.name}_joined_shape"
     return whole.outputs[0]
-
-
-def _undo(model: ir.Model, node: ir.Node) -> int:
-    """Reshape(Reshape(x (B, H, S, T), [B H, S, T]), [B, H, S, T]) -> x."""
-    x, value = _joined(node.inputs[0]), node.outputs[0]
-    if x is None or x.shape is None or value.shape is None or value.is_graph_output():
-        return 0
-    if not same_shape(x.shape, value.shape):
-        return 0
-    above = match.producer(node.inputs[0])
-    value.replace_all_uses_with(x)
-    match.remove_dead(model.graph, [n for n in (node, above) if n is not None])
-    return 1
