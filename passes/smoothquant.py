@@ -44,7 +44,8 @@ class SmoothQuant(Transform):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
-            raise UserError(f"alpha is {self.alpha:g}, but must lie in 0..1", where="smoothquant{alpha}")
+            what = f"alpha is {self.alpha:g}, but must lie in 0..1"
+            raise UserError(what, where="smoothquant{alpha}", hint="0.5 shares alike; search=1 finds one for each site")
 
     def kinds(self) -> Sequence[str]:
         return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]

@@ -72,7 +72,7 @@ def _from_text(text: str, workspace: Workspace, allow_pickle: bool) -> Taken:
 
 def _from_file(path: Path, workspace: Workspace) -> Taken:
     if not path.is_file():
-        raise UserError(f"'{path.parent}' holds no model.onnx")
+        raise UserError(f"'{path.parent}' holds no model.onnx", hint="name the .onnx file itself")
     with step(f"reading {path.name}"):
         model = _load(path, workspace)
         source, size = _file_source(path)

@@ -60,15 +60,11 @@ class Runner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a pass may know of a backend: data only.
-
-    ``activation_zero_point`` is the side int8 activations live on (uint8 codes for x86 CPU).
-    """
+    """What a pass may know of a backend: data only. ``kernels``: the low-bit operators that it can reach."""
 
     name: str
     backend: str
     description: str
-    per_token: bool = True
     kernels: tuple[str, ...] = ()
 
 
@@ -166,7 +162,7 @@ def _split_options(name: str, text: str) -> dict[str, str]:
         if not equals or not key or not value:
             raise UserError(f"cannot read option '{item}' of pass '{name}'", hint="write option=value")
         if key in options:
-            raise UserError(f"option '{key}' of pass '{name}' is given twice")
+            raise UserError(f"option '{key}' of pass '{name}' is given twice", hint="keep one of them")
         options[key] = value
     return options
 
@@ -203,7 +199,8 @@ def _registered(name: str, place: str) -> Any:
     except (ImportError, AttributeError) as error:
         if name in PASSES:
             raise
-        raise UserError(f"pass '{name}' cannot be loaded from '{place}': {error}") from error
+        hint = "the package that registers it is broken, or only partly installed"
+        raise UserError(f"pass '{name}' cannot be loaded from '{place}': {error}", hint=hint) from error
 
 
 def _typed(cls: type, options: dict[str, str]) -> dict[str, Any]:
@@ -238,14 +235,15 @@ def _convert(text: str, kind: Any, where: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise UserError(f"'{text}' is not a valid {kind.__name__}", where=where) from error
+        hint = "give a whole number" if kind is int else "give a number"
+        raise UserError(f"'{text}' is not a valid {kind.__name__}", where=where, hint=hint) from error
 
 
 def _load_user_pass(name: str) -> Pass:
     path_text, _, function = name.rpartition(":")
     path = Path(path_text)
     if not path.is_file():
-        raise UserError(f"no file '{path}' for pass '{name}'")
+        raise UserError(f"no file '{path}' for pass '{name}'", hint="write PATH.py:FUNCTION")
     module = _imported(path)
     if not hasattr(module, function):
         known = [n for n in vars(module) if not n.startswith("_")]
@@ -264,7 +262,8 @@ def _imported(path: Path) -> types.ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        raise UserError(f"'{path}' cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"'{path}' cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(what, hint="--debug shows the traceback") from error
     return module
 
 

@@ -75,7 +75,8 @@ def writing() -> Iterator[None]:
                 hint="free some, or point TMPDIR and -o at a larger disk",
             ) from error
         if isinstance(error, PermissionError):
-            raise UserError(f"permission denied: '{error.filename}'") from error
+            hint = "choose a folder that you may write to: -o, or TMPDIR for temporary files"
+            raise UserError(f"permission denied: '{error.filename}'", hint=hint) from error
         raise
 
 

@@ -106,7 +106,7 @@ def load(text: str) -> Recipe:
         return by_name(text)
     path = Path(text)
     if not path.is_file():
-        raise UserError(f"no recipe file '{path}'")
+        raise UserError(f"no recipe file '{path}'", hint="`qcompile recipes` lists those that have a name")
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -132,4 +132,5 @@ def _rule(path: Path, number: int, raw: Any) -> Rule:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
         what = f"{place}: {first['msg']}" if place else first["msg"]
-        raise UserError(f"recipe '{path}', rule {number}: {what}") from error
+        hint = f"a rule has the keys {', '.join(Rule.model_fields)}"
+        raise UserError(f"recipe '{path}', rule {number}: {what}", hint=hint) from error

@@ -61,7 +61,8 @@ def _rows_of(file: Path, inputs: Mapping[str, Input]) -> Iterator[Arrays]:
     counts = {name: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"the keys hold different numbers of samples: {text}", where=str(file))
+        hint = "the first axis of every key counts samples"
+        raise UserError(f"the keys hold different numbers of samples: {text}", where=str(file), hint=hint)
     for index in range(next(iter(counts.values()), 0)):
         yield {name: array[index] for name, array in arrays.items()}
 

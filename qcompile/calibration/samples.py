@@ -180,7 +180,8 @@ def load_samples(
     if calib is None:
         return _default_samples(model, inputs, tokenizer, request)
     if not calib.exists():
-        raise UserError(f"no such calibration file or folder: {calib}")
+        hint = "give an .npz, a folder of .npz, a .txt or a .jsonl"
+        raise UserError(f"no such calibration file or folder: {calib}", hint=hint)
     if calib.is_dir() or calib.suffix == ".npz":
         return SampleSet(arrays.reader(calib, inputs), inputs, batch=batch, max_samples=max_samples)
     if calib.suffix not in TEXT_SUFFIXES:
@@ -225,7 +226,8 @@ def _text_samples(
     read = text.windows if as_windows else text.lines
     tokens = read(encoder, calib, request.limit, request.max_samples)
     if not tokens:
-        raise UserError("the calibration text holds no usable line", where=str(calib))
+        hint = "headings and very short lines are left out; give sentences"
+        raise UserError("the calibration text holds no usable line", where=str(calib), hint=hint)
     pad = text.pad_id(encoder)
     rows = [text.row(ids, target, inputs, pad) for ids in tokens]
     return SampleSet(

@@ -39,7 +39,8 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"not a tokenizer.json: {error}", where=str(file)) from error
+        hint = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one"
+        raise UserError(f"not a tokenizer.json: {error}", where=str(file), hint=hint) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -52,6 +53,7 @@ def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
+    """The id of the tokenizer's padding token; 0 when it has none."""
     found = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
     return next((token for token in found if token is not None), 0)
 
@@ -117,7 +119,8 @@ def _texts(path: Path) -> Iterator[str]:
                 if content:
                     yield content.replace("<unk>", "unk")
         except UnicodeDecodeError as error:
-            raise UserError(f"the calibration text is not UTF-8: {error}", where=str(path)) from error
+            hint = "save the text as UTF-8"
+            raise UserError(f"the calibration text is not UTF-8: {error}", where=str(path), hint=hint) from error
 
 
 def _record(line: str, path: Path, number: int) -> str:
@@ -126,7 +129,8 @@ def _record(line: str, path: Path, number: int) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
+        hint = "a .jsonl holds one object a line, with the key 'text'"
+        raise UserError(f"not JSON: {error}", where=f"{path}:{number}", hint=hint) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(

@@ -140,7 +140,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"config.json is not JSON: {error}", where=str(path)) from error
+        hint = "the folder is damaged: save the model again with save_pretrained"
+        raise UserError(f"config.json is not JSON: {error}", where=str(path), hint=hint) from error
     if not isinstance(config, dict):
         raise UserError("config.json does not hold an object", where=str(path))
     return config
@@ -156,7 +157,7 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
         raise UserError(
             f"{pickles[0].name} is a pickle, and loading a pickle can run any code",
             where=str(folder),
-            hint="convert it to safetensors, or allow it (allow_pickle=True) if you trust its author",
+            hint="convert it to safetensors, or allow it (--allow-pickle, allow_pickle=True) if you trust its author",
         )
 
 

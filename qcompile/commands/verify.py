@@ -22,7 +22,7 @@ WORDS = {True: "ok", False: "FAILED", None: "unknown"}
     help="The model it was compiled from; its outputs are compared.",
 )
 @click.option(
-    "--calib", type=click.Path(path_type=Path), metavar="PATH", help="Samples to run; default as compiled."
+    "--calib", type=click.Path(path_type=Path), metavar="PATH", help="Samples to run; default a small built-in text."
 )
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="Folder with tokenizer.json."
@@ -50,4 +50,5 @@ def verify(
     click.echo(columns([(c.name, WORDS[c.holds], c.found) for c in checks]))
     failed = [c.name for c in checks if c.holds is False]
     if failed:
-        raise GateError(f"verification of '{folder}' failed: {', '.join(failed)}")
+        what = f"verification of '{folder}' failed: {', '.join(failed)}"
+        raise GateError(what, hint="the lines above say how; compile the model again to replace the folder")
