@@ -75,7 +75,7 @@ MODELS = ("bert", "gpt2", "llama", "mixtral", "t5", "vit")
 LOSS = {"w8a8_static": 0.7, "w8a8": 0.4, "w4a16_g32": 0.9}
 
 
-@pytest.mark.parametrize(("name", "recipe"), itertools.product(MODELS, LOSS))
+@pytest.mark.parametrize(("name", "recipe"), list(itertools.product(MODELS, LOSS)))
 def test_every_linear_has_the_codes_of_its_scheme_and_a_line_in_the_ledger(name: str, recipe: str) -> None:
     with quantised(cached_export(name), recipe) as (found, entry, before):
         scheme = found.ctx.recipe.rule("linear", "any")
