@@ -15,7 +15,7 @@ from qcompile.quant.schemes import ActivationScheme, WeightScheme, parse_name
 Op = Literal["linear", "head", "embedding", "attention"]
 
 RECIPES: dict[str, str] = {
-    "auto": "the fastest legal scheme that holds --max-drop (default 0.01)",
+    "auto": "w8a8_static, with more precision where --max-drop (here 0.01 by default) needs it",
     "float": "no quantisation: canonical form and float fusions only",
     "w8a8_static": "8-bit weights per channel, 8-bit activations per tensor, static",
     "w8a8": "8-bit weights per channel, 8-bit activations per token, dynamic",
