@@ -35,7 +35,7 @@ LAYER_SHARE, POSITION_SHARE = 0.25, 0.06  # an outlier feature's layers and posi
 
 @dataclasses.dataclass(frozen=True)
 class Outliers(Pass):
-    """Options: channels and tokens to name, samples for the quantisers' losses, LLM.int8's threshold."""
+    """Options: ``top`` channels and tokens to name, ``loss_samples`` to try quantisers on, LLM.int8's ``threshold``."""
 
     name: ClassVar[str] = "outliers"
     preserves: ClassVar[Preserves] = "analysis"

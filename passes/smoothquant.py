@@ -29,7 +29,8 @@ ALPHAS = np.linspace(0.3, 0.9, 13)
 
 @dataclasses.dataclass(frozen=True)
 class SmoothQuant(Transform):
-    """Options: ``alpha`` for all sites, or ``search`` for the best of 0.3 .. 0.9 at each; sites; how."""
+    """Options: ``alpha`` for all sites, or ``search`` for the best of 0.3 .. 0.9 at each, on ``tokens`` tokens; the
+    kinds of sites to use; ``mode``: fold, insert, or auto (insert where a norm cannot fold)."""
 
     name: ClassVar[str] = "smoothquant"
     parameter: ClassVar[str] = "alpha"

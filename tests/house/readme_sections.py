@@ -1,4 +1,4 @@
-"""The parts of README.md that the code knows: ``python -m tests.house.readme_sections`` writes them anew.
+"""What the code knows of README.md, and docs/passes.md: ``python -m tests.house.readme_sections`` writes them anew.
 
 A part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; whatever is there is replaced.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tables import all_results, table
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PASSES_PAGE = ROOT / "docs" / "passes.md"
 
 
 def passes() -> str:
@@ -27,12 +30,34 @@ def passes() -> str:
 
 
 def _pass_row(name: str, address: str) -> tuple[str, str, str, str]:
+    contract, cls = _documented(address)
+    return f"`{name}`", contract.partition("\n")[0], cls.preserves, ", ".join(_options(cls))
+
+
+def _documented(address: str) -> tuple[str, Any]:
+    """The docstring of a pass's file, which is its contract, and its class."""
     module_name, _, attribute = address.partition(":")
     module = importlib.import_module(module_name)
-    cls = getattr(module, attribute)
-    options = [f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)]
-    first = (module.__doc__ or "").partition("\n")[0]
-    return f"`{name}`", first, cls.preserves, ", ".join(options)
+    return module.__doc__ or "", getattr(module, attribute)
+
+
+def _options(cls: Any) -> list[str]:
+    return [f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)]
+
+
+def passes_page() -> str:
+    """docs/passes.md: one heading a pass, its contract as its file states it, its options with their defaults."""
+    from qcompile.pipeline import PASSES
+
+    lead = "Each pass's contract, from its file. What it does to the outputs is measured whenever it runs."
+    parts = [f"# Passes\n\n{lead}"]
+    for name, address in PASSES.items():
+        contract, cls = _documented(address)
+        first, _, rest = contract.partition("\n")
+        parts.append(f"## {name}\n\n{first}\n\n```text\n{rest.strip()}\n```")
+        if _options(cls):
+            parts.append(f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{', '.join(_options(cls))}")
+    return "\n\n".join(parts) + "\n"
 
 
 def recipes() -> str:
@@ -83,3 +108,4 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
 
 if __name__ == "__main__":
     README.write_text(filled(README.read_text(), PARTS))
+    PASSES_PAGE.write_text(passes_page())

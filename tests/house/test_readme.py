@@ -6,13 +6,17 @@ import tomllib
 import pytest
 
 from benchmarks.tables import table
-from tests.house.readme_sections import PARTS, README, ROOT, filled
+from tests.house.readme_sections import PARTS, PASSES_PAGE, README, ROOT, filled, passes_page
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_generated_part_is_up_to_date(part: str) -> None:
     text = README.read_text()
     assert filled(text, {part: PARTS[part]}) == text, "run: python -m tests.house.readme_sections"
+
+
+def test_the_page_of_passes_is_up_to_date() -> None:
+    assert PASSES_PAGE.read_text() == passes_page(), "run: python -m tests.house.readme_sections"
 
 
 def test_a_stale_part_is_replaced_and_the_rest_is_kept() -> None:
