@@ -111,7 +111,8 @@ def test_the_drop_of_a_language_model_is_relative_and_of_others_the_figure() -> 
         uneven = Measured(
             metric.name, worse.value, tuple(v + d for v, d in zip(metric.reference.each, (0, 0, 0.3), strict=True))
         )
-        assert metric.cautious_drop(uneven) == pytest.approx(np.expm1(0.2))  # mean 0.1, standard error 0.1
+        # mean 0.1 and standard error 0.1: one to three errors of caution
+        assert np.expm1(0.199) < metric.cautious_drop(uneven) < np.expm1(0.401)
 
 
 @pytest.mark.parametrize("name", ("gpt2", "bert"))

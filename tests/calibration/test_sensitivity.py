@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,8 @@ def test_exactly_the_planted_site_is_given_precision() -> None:
         entry, gate = gated(found, 0.01)
         assert gate["exceptions"] == {"active": "uint8 per_token symmetric dynamic"}
         assert gate["linears"] == {"active": ["down"]} and gate["metric"] == "1 - cosine similarity"
-        assert gate["drop"] <= 0.01 < gate["steps"][0]["drop"]
+        without = next(step for step in gate["steps"] if step["exceptions"] == 0)
+        assert gate["drop"] <= 0.01 < without["drop"]
         assert static_values(found) == {"first_norm", "stream", "last_norm"}
         dynamic = [n for n in found.model.graph if n.op_type.startswith("FakeQuantizePerToken")]
         assert [n.inputs[0].name for n in dynamic if n.inputs[0] is not None] == ["active"]
@@ -104,14 +106,14 @@ def test_the_figure_of_the_gate_is_that_of_the_model_it_hands_over() -> None:
         for a, b in zip(before, found.outputs(), strict=True):
             cosine = (a * b).sum(axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
             gaps.append(float(1 - cosine.mean()))
-        cautious = np.mean(gaps) + np.std(gaps, ddof=1) / np.sqrt(len(gaps))
-        assert gate["drop"] == pytest.approx(cautious, rel=0.05, abs=1e-6)
+        error = np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+        assert np.mean(gaps) - 1e-6 < gate["drop"] < np.mean(gaps) + 3 * error + 1e-6
 
 
-def test_a_gate_that_holds_already_costs_one_measurement_and_no_site() -> None:
+def test_a_gate_that_holds_already_costs_no_site() -> None:
     with bench(sink_model(), sequences()) as found:
         _, gate = gated(found, 10.0)
-        assert gate["exceptions"] == {} and len(gate["steps"]) == 1
+        assert gate["exceptions"] == {} and len(gate["steps"]) <= 2
         assert len(static_values(found)) == 4
 
 
@@ -151,9 +153,9 @@ def test_a_language_model_is_gated_by_perplexity() -> None:
 
 
 @pytest.mark.parametrize("count", range(14))
-def test_bisection_finds_the_shortest_prefix(count: int) -> None:
+def test_bisection_finds_the_shortest_prefix_wherever_it_starts(count: int) -> None:
     order: list[tuple[str, Any]] = [(f"site{i}", None) for i in range(count)]
-    for needed in range(count + 1):
+    for needed, start in itertools.product(range(count + 1), range(count + 1)):
         tried: list[int] = []
 
         def drop(changes: dict[str, Any], needed: int = needed, tried: list[int] = tried) -> float:
@@ -161,12 +163,12 @@ def test_bisection_finds_the_shortest_prefix(count: int) -> None:
             tried.append(len(changes))
             return 0.0 if len(changes) >= needed else 1.0
 
-        chosen = _bisect(drop, order, 0.5)
+        chosen = _bisect(drop, order, 0.5, start)
         assert chosen is not None and len(chosen) == needed
-        assert len(set(tried)) <= 2 * np.log2(max(count, 2)) + 2
+        assert len(tried) == len(set(tried)) <= 2 * np.log2(max(count, 2)) + 3
 
 
-@pytest.mark.parametrize("figure", (1.0, float("inf")))
+@pytest.mark.parametrize("figure", (1.0, float("inf"), float("nan")))
 @pytest.mark.parametrize("count", (0, 1, 2, 9))
 def test_bisection_says_when_nothing_holds(count: int, figure: float) -> None:
     assert _bisect(lambda changes: figure, [(f"site{i}", None) for i in range(count)], 0.5) is None
