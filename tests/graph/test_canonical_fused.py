@@ -268,6 +268,13 @@ def test_taken_apart(name: str, tmp_path: Path, workspace: Workspace) -> None:
     assert entry.skips == []
 
 
+def test_the_context_is_as_wide_as_the_values(tmp_path: Path, workspace: Workspace) -> None:
+    case = CASES["attention_of_other_widths"]
+    model, _ = canonicalised(write(case, tmp_path / "model.onnx"), workspace)
+    (shape,) = (node.outputs[0].shape for node in model.graph if node.op_type == "Attention")
+    assert shape is not None and shape[1] == H and shape[3] == 2
+
+
 REFUSED = {
     "past": (
         Case(

@@ -33,7 +33,7 @@ def _attention(
     groups: int,
 ) -> ir.Value | None:
     """The context (B, H, S, d); None when the scale is by default and the head's width is not known."""
-    q = heads[0]
+    q, _, v = heads
     width = q.shape[-1] if q.shape is not None else None
     if scale is None:
         if not isinstance(width, int):
@@ -44,7 +44,9 @@ def _attention(
         result = draft.own("Attention", *inputs, scale=scale)
     else:
         result = draft.own("GroupedAttention", *inputs, scale=scale, groups=groups)
-    result.shape, result.dtype = q.shape, ir.DataType.FLOAT
+    if q.shape is not None and v.shape is not None:
+        result.shape = ir.Shape([*q.shape[:3], v.shape[3]])
+    result.dtype = ir.DataType.FLOAT
     return result
 
 
