@@ -200,19 +200,26 @@ def sequences(value: np.ndarray, mask: np.ndarray | None) -> Iterator[np.ndarray
     (batch, heads, seq, C); anything else is handed over whole.
     """
     value = np.asarray(value, np.float32)
-    if mask is None:
-        yield value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1)
+    cube = None if mask is None else by_sequence(value, mask.shape)
+    if mask is None or cube is None:
+        yield as_rows(value)
         return
-    batch, length = mask.shape
-    if value.ndim == 4 and value.shape[0] == batch and value.shape[2] == length:
-        value = value.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-    elif value.ndim == 2 and value.shape[0] == batch * length:
-        value = value.reshape(batch, length, -1)
-    if value.ndim != 3 or value.shape[:2] != mask.shape:
-        yield value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1)
-        return
-    for rows, real in zip(value, mask, strict=True):
+    for rows, real in zip(cube, mask, strict=True):
         yield rows[real.astype(bool)]
+
+
+def by_sequence(value: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray | None:
+    """``value`` as (batch, seq, C), with (batch, seq) being ``layout`` where it is known; None when it is not so."""
+    if layout is not None and value.ndim == 4 and (value.shape[0], value.shape[2]) == layout:
+        value = value.transpose(0, 2, 1, 3).reshape(*layout, -1)
+    elif layout is not None and value.ndim == 2 and value.shape[0] == int(np.prod(layout)):
+        value = value.reshape(*layout, -1)
+    return value if value.ndim == 3 and (layout is None or value.shape[:2] == layout) else None
+
+
+def as_rows(value: np.ndarray) -> np.ndarray:
+    """(.., C) -> (tokens, C); a number is one token with one channel."""
+    return value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1)
 
 
 def observe(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompile.calibration.observers import ChannelRange, TokenWise
+from qcompile.calibration.observers import ChannelRange, TokenWise, as_rows, by_sequence
 from qcompile.quant.numerics import affine_from_range, fake_quantize, fake_quantize_per_token
 
 BITS = (8, 6, 4)
@@ -43,25 +43,14 @@ def real_sequences(value: np.ndarray, sample: Any) -> Iterator[Sequence]:
     ids = _token_ids(sample)
     mask = sample.mask
     layout = next((a.shape for a in (mask, ids) if a is not None), None)
-    cube = _by_sequence(value, layout)
+    cube = by_sequence(value, layout)
     if cube is None:
-        yield Sequence(value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1))
+        yield Sequence(as_rows(value))
         return
     for i, rows in enumerate(cube):
         real = np.ones(len(rows), bool) if mask is None else mask[i].astype(bool)
         known = ids[i][real] if ids is not None and ids.shape == cube.shape[:2] else None
         yield Sequence(rows[real], np.arange(int(real.sum())), known)
-
-
-def _by_sequence(value: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray | None:
-    """``value`` as (batch, seq, C); None when no such reading is known."""
-    if layout is not None and value.ndim == 4 and (value.shape[0], value.shape[2]) == layout:
-        value = value.transpose(0, 2, 1, 3).reshape(*layout, -1)
-    elif layout is not None and value.ndim == 2 and value.shape[0] == int(np.prod(layout)):
-        value = value.reshape(*layout, -1)
-    if value.ndim != 3 or (layout is not None and value.shape[0] != layout[0]):
-        return None
-    return value if layout is None or value.shape[1] == layout[1] else None
 
 
 def _token_ids(sample: Any) -> np.ndarray | None:

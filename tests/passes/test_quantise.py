@@ -177,10 +177,6 @@ def test_the_same_twice() -> None:
 # --------------------------------------------------------------------------- head and embeddings
 
 
-def table_sizes(model: ir.Model) -> set[tuple[int, ...]]:
-    return {tuple(v.shape.numpy()) for v in model.graph.initializers.values() if v.shape is not None}
-
-
 def tied(vocabulary: int = 1100, width: int = 64) -> ir.Model:
     """input_ids -> embedding -> Neg -> Transpose(embedding): a language model without layers."""
     text = f"""<ir_version: 10, opset_import: ["" : 21]>
