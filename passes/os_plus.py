@@ -3,7 +3,7 @@
 rewrite:  linear(norm(x), W, b)  ->  linear((norm(x) - z) / s, W * s, b + W @ z)
           z_j = (max_j + min_j) / 2,  s_j = max(1, max|x_j - z_j| / t), one t for each site by search
 needs:    per-channel ranges of norm(x); W constant; every reader a linear, or one that can get x * s + z
-          family=auto: also s_j = rms_j^a / max|W_j|^(1-a), kept only where it beats every threshold
+          family=auto: also s_j = size_j^a / max|W_j|^(1-a), kept only where it beats every threshold
 ensures:  equal to 1e-5; never worse on its own objective than leaving the site alone; no node is added where
           the norm has a bias and no reader but linears
 source:   arXiv 2304.09145, Eq. 1-8, Algorithm 1
@@ -86,10 +86,11 @@ class OsPlus(Transform):
         found = search(threshold_grid(top, floor, self.points).tolist(), threshold, loss, baseline, self.refine)
         if self.family == "threshold":
             return found
-        energy, weight = (_largest(rows, a) for a in (objective.energy(centre[rows]), objective.weight_absmax))
+        size = reach if objective.is_static else _largest(rows, objective.energy(centre[rows]))
+        weight = _largest(rows, objective.weight_absmax)
 
         def power(exponent: float) -> tuple[np.ndarray, np.ndarray]:
-            return power_scale(energy, weight, exponent), centre
+            return power_scale(size, weight, exponent), centre
 
         assert found.loss is not None
         other = search(POWERS, power, loss, found.loss)
@@ -98,13 +99,14 @@ class OsPlus(Transform):
         return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
 
 
-def power_scale(energy: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
-    """s_j = energy_j^a / max|W_j|^(1 - a), geometric mean one; unused channels (no energy, no weight) stay.
+def power_scale(size: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
+    """s_j = size_j^a / max|W_j|^(1 - a), geometric mean one; unused channels (no size, no weight) stay.
 
-    SmoothQuant's form (arXiv 2211.10438, Eq. 4) with the root mean square of length-one tokens for the maximum.
+    SmoothQuant's form (arXiv 2211.10438, Eq. 4). ``size`` is the largest magnitude where one range serves all tokens,
+    and the root mean square of length-one tokens where each token has its own.
     """
-    used = (energy > 0) & (weight > 0)
-    logs = exponent * np.log(np.where(used, energy, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
+    used = (size > 0) & (weight > 0)
+    logs = exponent * np.log(np.where(used, size, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
     logs -= logs[used].mean() if used.any() else 0.0
     return np.where(used, np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG)), 1.0).astype(np.float32)
 

@@ -9,8 +9,9 @@ source:   ONNX QuantizeLinear-21; token-wise clipping of arXiv 2209.13325
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,7 @@ class Quantise(Pass):
         ]
         sound = draft.choice.with_activation(broken_exceptions(draft, ranked), readers)
         alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
-        metric = Metric(ctx, draft.model, _first(ctx, self.gate_samples))
+        metric = Metric(ctx, draft.model, _last(ctx, self.gate_samples))
         return hold_gate(ctx, draft, ranked, metric, alpha, ctx.max_drop), alpha
 
     def _calibrate(self, ctx: Context, draft: Draft) -> None:
@@ -92,8 +93,9 @@ class Quantise(Pass):
             )  # fmt: skip
 
 
-def _first(ctx: Context, count: int) -> list[object]:
-    return [sample for _, sample in zip(range(count), ctx.samples, strict=False)]
+def _last(ctx: Context, count: int) -> list[Any]:
+    """The last samples: transforms search on the first ones, and a gate should not see what they fitted."""
+    return list(collections.deque(ctx.samples, maxlen=count))
 
 
 def _sqnr(before: np.ndarray, after: np.ndarray) -> float:

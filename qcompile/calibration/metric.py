@@ -64,12 +64,12 @@ class Metric:
         return _worst(measured.value / self.reference.value - 1 if self.is_perplexity else measured.value)
 
     def cautious_drop(self, measured: Measured) -> float:
-        """``drop`` plus one standard error over the samples, so that a few samples speak for the rest."""
+        """``drop`` plus two standard errors over the samples, so that a few samples speak for the rest."""
         if len(measured.each) < 2:
             return self.drop(measured)
         gaps = np.asarray(measured.each) - (np.asarray(self.reference.each) if self.is_perplexity else 0.0)
         error = float(gaps.std(ddof=1) / np.sqrt(gaps.size))
-        cautious = float(gaps.mean()) + error
+        cautious = float(gaps.mean()) + 2 * error
         return _worst(float(np.expm1(cautious)) if self.is_perplexity else cautious)
 
     def _outputs(self, model: ir.Model) -> Iterable[tuple[Any, np.ndarray]]:

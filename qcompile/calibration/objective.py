@@ -213,6 +213,11 @@ class Objective:
         return root
 
     @property
+    def is_static(self) -> bool:
+        """Whether one range, fixed at calibration, serves all tokens."""
+        return self.activations is not None and not self.activations.dynamic
+
+    @property
     def weight_absmax(self) -> np.ndarray:
         """Largest magnitude in every row of W: (channels,)."""
         largest: np.ndarray = np.abs(self._w).max(axis=1)

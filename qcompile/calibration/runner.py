@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -77,9 +78,13 @@ class OrtRunner:
             return
         session = open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)
         known = {i.name for i in session.get_inputs()}
-        for sample in samples:
-            feeds = {k: v for k, v in sample.feeds.items() if k in known}
-            yield sample, dict(zip(names, run_session(session, names, feeds), strict=True))
+        try:
+            for sample in samples:
+                feeds = {k: v for k, v in sample.feeds.items() if k in known}
+                yield sample, dict(zip(names, run_session(session, names, feeds), strict=True))
+        finally:
+            del session
+            gc.collect()  # onnxruntime's session sits in a reference cycle, and holds a copy of the weights
 
     def _snapshot(self, model: ir.Model, names: list[str]) -> Path:
         """Save ``model`` with the values ``names`` as its only outputs."""

@@ -21,7 +21,7 @@ from qcompile.quant.schemes import ActivationScheme
 
 # Token quantiles to try, largest first: in short texts one token in ten is special (arXiv 2209.13325, section 4.2).
 ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-ALPHAS_8_BIT = (1.0, 0.998, 0.99, 0.9)  # 256 levels leave little to gain
+ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain
 BROKEN = 0.5  # mean relative error of a linear's tokens from which a static range is given up without a try
 Step = tuple[str, ActivationScheme | None]
 PATIENCE = 5  # stop after so many worse quantiles in a row
@@ -103,7 +103,7 @@ def hold_gate(
     ladder, readers = _ladder(draft), draft.readers()
     trials = _Trials(draft, metric, alpha, readers)
     order = [(item.name, ladder[item.name]) for item in ranked]
-    chosen = _bisect(trials.drop, order, max_drop)
+    chosen = _bisect(trials.drop, order, max_drop, start=len(broken_exceptions(draft, ranked)))
     if chosen is None:  # per token everywhere does not hold it: go on to float, worst first
         everywhere = dict(order)
         floats: list[Step] = [(item.name, None) for item in ranked]
@@ -147,15 +147,15 @@ def _ladder(draft: Draft) -> dict[str, ActivationScheme | None]:
     return steps
 
 
-def _bisect(attempt: Callable[[dict[str, Any]], float], order: list[Step], max_drop: float) -> dict[str, Any] | None:
-    """The shortest prefix of ``order`` that holds the gate, by bisection; None when all of it does not."""
-    if attempt({}) <= max_drop:
-        return {}
-    low, high = 0, 1
-    while high < len(order) and attempt(dict(order[:high])) > max_drop:
-        low, high = high, min(high * 3, len(order))
-    if high >= len(order) and attempt(dict(order)) > max_drop:
-        return None
+def _bisect(
+    attempt: Callable[[dict[str, Any]], float], order: list[Step], max_drop: float, start: int = 0
+) -> dict[str, Any] | None:
+    """The shortest prefix of ``order`` that holds the gate, by bisection from ``start``; None when all of it misses."""
+    low, high = -1, start  # the longest prefix known to miss, the shortest one to try next
+    while not attempt(dict(order[:high])) <= max_drop:  # a drop that is NaN misses
+        if high == len(order):
+            return None
+        low, high = high, min(2 * high + 1, len(order))
     while high - low > 1:
         middle = (low + high) // 2
         if attempt(dict(order[:middle])) <= max_drop:
