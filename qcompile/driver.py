@@ -115,8 +115,10 @@ def compile(
     pipeline = expand(passes, settings, backend)
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
+    if max_drop is not None and not max_drop >= 0:  # NaN is neither
+        raise UserError(f"max_drop is {max_drop}, but must be 0 or more", hint="0.01 allows one hundredth")
     if output is not None:
-        check_destination(Path(output), force)
+        check_destination(Path(output), force, (model, calibration, tokenizer))
     workspace = Workspace()
     try:
         with writing():
@@ -257,6 +259,8 @@ def _compiled(
     record = _record(pipeline, ctx, backend) | inputs
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
     _check_gate(record["gate"])
+    if record["gate"] is None and ctx.max_drop is not None:
+        warn("the allowed drop was not checked, because nothing was quantised")
     if not kernels:
         warn("this graph has no matmul, so there was nothing to make faster or smaller")
     elif ctx.recipe.rules and not any(k["low_bit"] for k in kernels):

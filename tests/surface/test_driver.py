@@ -103,6 +103,28 @@ def test_the_destination_is_checked_before_the_work(model: Path, tmp_path: Path)
         compile_float(tmp_path / "missing.onnx", output=tmp_path / "out")
 
 
+def test_force_never_deletes_an_input_or_the_current_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"holds '.*tiny\.onnx', which replacing it would delete"):
+        compile_float(model, output=model.parent, force=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="would delete"):
+        compile_float(model, output=".")
+    assert model.stat().st_size > 0
+
+
+def test_a_destination_below_a_file_is_refused_before_the_work(model: Path) -> None:
+    with pytest.raises(UserError, match=r"tiny\.onnx' is a file"):
+        compile_float(model, output=model / "below")
+
+
+def test_a_drop_that_is_no_number_is_refused(model: Path) -> None:
+    with pytest.raises(UserError, match="max_drop is nan"):
+        compile_float(model, max_drop=float("nan"))
+
+
 def test_a_full_disk_is_the_users_error_and_leaves_nothing(
     model: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +151,12 @@ def test_a_full_disk_is_the_users_error_and_leaves_nothing(
 def test_libraries_say_a_full_disk_in_their_own_words(error: OSError) -> None:
     with pytest.raises(UserError, match="no disk space left"), publish.writing():
         raise error
+
+
+def test_a_gate_that_nothing_measures_is_not_kept_silent(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with compile_float(model, max_drop=0.1) as compiled:
+        assert compiled.report["gate"] is None
+    assert "the allowed drop was not checked" in capsys.readouterr().err
 
 
 def test_a_graph_without_matmuls_is_compiled_and_the_user_told(
