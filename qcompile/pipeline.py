@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -259,6 +260,7 @@ def _imported(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"qcompile_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and typing look a class's module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises

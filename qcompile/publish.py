@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qcompile.errors import UserError
@@ -17,10 +17,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = (*map(os.strerror, _FULL), "Not enough free space", "requested and")
 
 
-def check_destination(folder: Path, force: bool = False) -> None:
-    """Refuse a destination that holds anything but an earlier result of ours, unless ``force``."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"'{folder}' is a file", hint="give a folder to -o")
+def check_destination(folder: Path, force: bool = False, inputs: Iterable[object] = ()) -> None:
+    """Refuse a destination that holds anything but an earlier result of ours, unless ``force``.
+
+    Nor may it hold one of ``inputs`` or the current folder: replacing it would delete them.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"'{there}' is a file", hint="give a folder to -o")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"'{there}' cannot be written to", hint="choose another folder with -o")
+    given = [Path(item) for item in inputs if isinstance(item, str | Path) and Path(item).exists()]
+    for place in (*given, Path()):
+        if folder.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"'{folder}' holds '{place}', which replacing it would delete",
+                            hint="choose another folder with -o")  # fmt: skip
     if force or not folder.is_dir():
         return
     foreign = foreign_files(folder)

@@ -193,6 +193,23 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_dataclass_of_a_file_is_a_pass(tmp_path: Path) -> None:
+    path = tmp_path / "later.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from typing import ClassVar\n"
+        "from qcompile.pipeline import Pass\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Later(Pass):\n"
+        "    name: ClassVar[str] = 'later'\n"
+        "    count: int = 3\n"
+        "    def run(self, model, ctx):\n"
+        "        return self.count\n"
+    )
+    assert make_pass(f"{path}:Later", {}).spec == "later"
+
+
 @pytest.mark.parametrize("function", ("in_place", "returned", "AsPass", "instance", "surgeon", "surgeon_returns"))
 def test_a_function_of_a_file_is_a_pass(mine: Path, function: str, tmp_path: Path) -> None:
     one = make_pass(f"{mine}:{function}", {})

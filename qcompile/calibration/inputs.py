@@ -96,6 +96,9 @@ def _input(value: ir.Value) -> Input:
         dtype = np.dtype(value.dtype.numpy())
     except TypeError as error:
         raise UserError(f"input '{value.name}' has type {value.dtype.name}, which is no array") from error
+    if dtype.kind == "O":
+        hint = "cut off what turns text into numbers, and compile the rest"
+        raise UserError(f"input '{value.name}' is text, not numbers", hint=hint)
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return Input(value.name or "", dtype, shape, _vocabulary(value))
 
