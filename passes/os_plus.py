@@ -2,8 +2,8 @@
 
 rewrite:  linear(norm(x), W, b)  ->  linear((norm(x) - z) / s, W * s, b + W @ z)
           z_j = (max_j + min_j) / 2,  s_j = max(1, max|x_j - z_j| / t), one t for each site by search
-needs:    per-channel ranges of norm(x); W constant; every reader a linear, or one that can get x * s + z
           family=auto: also s_j = size_j^a / max|W_j|^(1-a), kept only where it beats every threshold
+needs:    per-channel ranges of norm(x); W constant; every reader a linear, or one that can get x * s + z
 ensures:  equal to 1e-5; never worse on its own objective than leaving the site alone; no node is added where
           the norm has a bias and no reader but linears
 source:   arXiv 2304.09145, Eq. 1-8, Algorithm 1
@@ -31,7 +31,8 @@ POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds
 
 @dataclasses.dataclass(frozen=True)
 class OsPlus(Transform):
-    """Options: ``shift`` (auto: where it folds for free), sites to use, search points, how to apply."""
+    """Options: ``shift`` (auto: where it folds for free), kinds of sites, ``mode``, ``objective`` (auto: attention and
+    gate where there is one), search ``points``, ``refine`` and ``tokens``, ``t_min``, ``family`` of scales."""
 
     name: ClassVar[str] = "os_plus"
     parameter: ClassVar[str] = "threshold"
@@ -77,7 +78,9 @@ class OsPlus(Transform):
             return np.maximum(1.0, reach / np.float32(t)), centre
 
         def loss(_: float, scale: np.ndarray, shift: np.ndarray) -> float:
-            return objective.loss(scale[rows], shift[rows], float((reach / scale).max()))
+            return objective.loss(
+                scale[rows], shift[rows], (float(((lo - shift) / scale).min()), float(((hi - shift) / scale).max()))
+            )
 
         zero, one = np.zeros_like(reach), np.ones_like(reach)
         baseline = objective.loss(one[rows], zero[rows])

@@ -28,8 +28,8 @@ from qcompile.quant.numerics import CLIP_BELOW_BITS
 
 @dataclasses.dataclass(frozen=True)
 class Quantise(Pass):
-    """Options: ``alpha`` fixes the token quantile (auto: chosen on the model's output), ``energy`` weights the
-    weight clip by the input's energy, ``gate_samples`` is how many samples the gate looks at."""
+    """Options: ``alpha`` fixes the token quantile (none: chosen on the output of ``alpha_samples`` samples), ``energy``
+    weights the weight clip by the input's energy, ``gate_samples`` is how many samples the gate looks at."""
 
     name: ClassVar[str] = "quantise"
     preserves: ClassVar[Preserves] = "approximation"

@@ -181,17 +181,17 @@ class Objective:
         self._token_weights = self._weigh()
         self.x = []
 
-    def loss(self, scale: np.ndarray, shift: np.ndarray, limit: float | None = None) -> float:
+    def loss(self, scale: np.ndarray, shift: np.ndarray, limits: tuple[float, float] | None = None) -> float:
         """Mean over tokens of the (relative) summed squared error with the real quantisers.
 
-        ``scale`` and ``shift`` are per row of W; ``limit`` is the static clip range (-limit, limit) of x~
-        (its own extremes when None).
+        ``scale`` and ``shift`` are per row of W; ``limits`` is the static range of x~ (its own extremes when
+        None).
         """
         w = self._w * scale[:, None]
         if self.weights is not None:
             w = fake_quantize_weight(w, self.weights)
         bias = self._b + shift @ self._w if shift.any() else self._b
-        x = self._quantized((self._x - shift) / scale, limit)
+        x = self._quantized((self._x - shift) / scale, limits)
         total = 0.0
         for index, results in enumerate(self._through(matmul(x, w) + bias)):
             for result, target, weight in zip(results, self._target[index], self._token_weights[index], strict=True):
@@ -231,13 +231,13 @@ class Objective:
         middles = [float(np.median(np.concatenate(parts))) for parts in zip(*norms, strict=True)]
         return [[1 / np.maximum(n + m, 1e-20) for n, m in zip(found, middles, strict=True)] for found in norms]
 
-    def _quantized(self, x: np.ndarray, limit: float | None) -> np.ndarray:
+    def _quantized(self, x: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
         scheme = self.activations
         if scheme is None:
             return x
         if scheme.dynamic:
             return fake_quantize_per_token(x, scheme.bits, scheme.symmetric)
-        lo, hi = (-limit, limit) if limit is not None else (float(x.min()), float(x.max()))
+        lo, hi = limits if limits is not None else (float(x.min()), float(x.max()))
         return fake_quantize(
             x, affine_from_range(np.float32(lo), np.float32(hi), scheme.bits, scheme.symmetric, signed=False)
         )

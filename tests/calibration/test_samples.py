@@ -195,9 +195,7 @@ def test_encoders_take_one_line_a_sample(tmp_path: Path) -> None:
 
 def test_language_models_take_windows(tmp_path: Path) -> None:
     path = text(tmp_path, "abcdefgh\nijklmnop\n")
-    samples = load_samples(
-        model(IDS, output="logits", width=VOCABULARY), path, tokenizer(tmp_path), max_length=5
-    )
+    samples = load_samples(model(IDS, output="logits", width=VOCABULARY), path, tokenizer(tmp_path), max_length=5)
     flat = np.concatenate([sample.feeds["input_ids"][0] for sample in samples])
     assert shapes(samples) == [(1, 5)] * 3
     assert flat.tolist() == [*range(4, 12), 1, *range(12, 18)]  # 1: the line's end is no word here
@@ -357,18 +355,12 @@ def test_no_trimming_where_the_axis_appears_elsewhere(tmp_path: Path) -> None:
     assert sample.trimmed() is sample
 
 
-@given(
-    st.integers(1, 4).flatmap(
-        lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1)
-    )
-)
+@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1)))
 def test_trimming_keeps_every_real_token_and_is_stable(mask: list[list[int]]) -> None:
     sample = sample_of(mask, "input_ids", "position_ids")
     trimmed = sample.trimmed()
     assert trimmed.mask is not None and sample.mask is not None
     assert trimmed.mask.sum() == sample.mask.sum()
-    assert (
-        trimmed.feeds["input_ids"][trimmed.mask].tolist() == sample.feeds["input_ids"][sample.mask].tolist()
-    )
+    assert trimmed.feeds["input_ids"][trimmed.mask].tolist() == sample.feeds["input_ids"][sample.mask].tolist()
     again = trimmed.trimmed()
     assert again.mask is not None and again.mask.tolist() == trimmed.mask.tolist()

@@ -110,11 +110,7 @@ def test_padding_is_left_out_and_positions_count_real_tokens() -> None:
         np.testing.assert_array_equal(left.rows, value[0, 2:])
         np.testing.assert_array_equal(right.rows, value[1, :3])
         assert left.positions is not None and left.ids is not None and right.ids is not None
-        assert (
-            left.positions.tolist() == [0, 1]
-            and left.ids.tolist() == [2, 3]
-            and right.ids.tolist() == [4, 5, 6]
-        )
+        assert left.positions.tolist() == [0, 1] and left.ids.tolist() == [2, 3] and right.ids.tolist() == [4, 5, 6]
     heads = value.reshape(2, 4, 1, 3).transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(next(real_sequences(heads, sample)).rows, value[0, 2:])
     (pooled,) = real_sequences(np.ones((2, 3), np.float32), sample)

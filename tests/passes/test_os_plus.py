@@ -177,7 +177,7 @@ def test_the_methods_rank_as_in_the_synthetic_table(recipe: str) -> None:
     def best(shift: Array) -> float:
         reach = np.abs(rows - shift).max(axis=0)
         grid = np.linspace(1.0, reach.max(), 100)
-        return min(objective.loss(np.maximum(one, reach / np.float32(t)), shift, t) for t in grid)
+        return min(objective.loss(np.maximum(one, reach / np.float32(t)), shift, (-t, t)) for t in grid)
 
     naive, shifted = objective.loss(one, zero), objective.loss(one, centre)
     smooth = min(objective.loss(smoothing(np.abs(rows).max(0), weights, a), zero) for a in (0.5, 0.8))
@@ -194,7 +194,7 @@ def test_the_search_quantises_as_the_recipe_does() -> None:
         with bench(normed(gamma, beta), inputs(), recipe) as found:
             objective = next(iter(objectives(found.ctx, found.model, find_sites(found.model), 64)))[1]
         one, zero = np.ones(gamma.size, np.float32), np.zeros(gamma.size, np.float32)
-        results[recipe] = [objective.loss(one, zero, limit) for limit in (None, 0.5)]
+        results[recipe] = [objective.loss(one, zero, limit) for limit in (None, (-0.5, 0.5))]
     assert results["w8a8"][0] == results["w8a8"][1]
     assert results["w8a8_static"][1] > 10 * results["w8a8_static"][0]
 
