@@ -12,6 +12,7 @@ source:   arXiv 2304.09145, Eq. 1-8, Algorithm 1
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
@@ -23,7 +24,7 @@ from qcompile.calibration.search import Found, objectives, search, threshold_gri
 from qcompile.calibration.transform import Mode, Ranges, Transform
 from qcompile.graph.functions import is_op
 from qcompile.graph.sites import Site
-from qcompile.pipeline import Context
+from qcompile.pipeline import Context, check_range
 
 LARGEST_LOG = 4.0  # a power scale stays within e^-4 .. e^4 of its mean, so that folding costs no float precision
 POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds
@@ -48,6 +49,10 @@ class OsPlus(Transform):
     tokens: int = 512
     t_min: float = 0.1
     family: Literal["threshold", "auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "points", "tokens")
+        check_range(self, 0, math.inf, "refine", "t_min")
 
     def kinds(self) -> Sequence[str]:
         return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]

@@ -10,6 +10,7 @@ source:   arXiv 2209.13325, section 4.1; its token-wise clipping is ``quantise``
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from qcompile.calibration.search import Found
 from qcompile.calibration.transform import Ranges, Transform
 from qcompile.graph.edits import constant_array
 from qcompile.graph.sites import Site
-from qcompile.pipeline import Context
+from qcompile.pipeline import Context, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class OutlierSuppression(Transform):
     parameter: ClassVar[str] = "gain"
 
     floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "floor")
 
     def choose(
         self, model: ir.Model, ctx: Context, sites: Sequence[Site], ranges: Sequence[Ranges]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from qcompile.calibration.verdict import FINE, Figures, figures, needs
 from qcompile.graph.edits import constant_array
 from qcompile.graph.sites import Site, describe, find_linears, find_sites
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass
+from qcompile.pipeline import Context, Pass, check_range
 
 RATIO = 4.0  # a channel this many times the median channel is an outlier
 LAYER_SHARE, POSITION_SHARE = 0.25, 0.06  # an outlier feature's layers and positions (LLM.int8, section 4)
@@ -43,6 +44,10 @@ class Outliers(Pass):
     top: int = 8
     loss_samples: int = 2
     threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "top", "loss_samples")
+        check_range(self, 0, math.inf, "threshold")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         watched = _watched(model, self)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, hold_gate, rank
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass
+from qcompile.pipeline import Context, Pass, check_range
 from qcompile.quant.numerics import CLIP_BELOW_BITS
 
 
@@ -38,6 +39,10 @@ class Quantise(Pass):
     energy: bool = True
     gate_samples: int = 6
     alpha_samples: int = 32
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "alpha")
+        check_range(self, 1, math.inf, "gate_samples", "alpha_samples")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         draft = Draft(model, ctx.recipe, ctx.workspace)

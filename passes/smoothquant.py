@@ -10,6 +10,7 @@ source:   arXiv 2211.10438, Eq. 4
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -19,9 +20,8 @@ import onnx_ir as ir
 from qcompile.calibration.objective import Objective
 from qcompile.calibration.search import Found, objectives, search
 from qcompile.calibration.transform import Mode, Ranges, Transform
-from qcompile.errors import UserError
 from qcompile.graph.sites import Site
-from qcompile.pipeline import Context
+from qcompile.pipeline import Context, check_range
 
 FLOOR = 1e-5  # of both maxima: a dead channel or a zero row would give 0 or infinity
 ALPHAS = np.linspace(0.3, 0.9, 13)
@@ -44,9 +44,8 @@ class SmoothQuant(Transform):
     tokens: int = 512
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            what = f"alpha is {self.alpha:g}, but must lie in 0..1"
-            raise UserError(what, where="smoothquant{alpha}", hint="0.5 shares alike; search=1 finds one for each site")
+        check_range(self, 0, 1, "alpha", hint="0.5 shares alike; search=1 finds one for each site")
+        check_range(self, 1, math.inf, "tokens")
 
     def kinds(self) -> Sequence[str]:
         return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]

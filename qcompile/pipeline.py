@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import re
 import sys
 import types
@@ -134,6 +135,16 @@ class IrPass(Pass):
             model.functions.clear()
             model.functions.update(changed.functions)
         return int(getattr(result, "modified", True))
+
+
+def check_range(one: Pass, low: float, high: float, *options: str, hint: str = "") -> None:
+    """UserError for the first of the ``options`` outside ``low`` .. ``high``. NaN is outside; None is no number."""
+    for option in options:
+        value = getattr(one, option)
+        if value is None or low <= value <= high:
+            continue
+        bound = f"lie in {low:g}..{high:g}" if math.isfinite(high) else f"be {low:g} or more"
+        raise UserError(f"{option} is {value:g}, but must {bound}", where=f"{one.name}{{{option}}}", hint=hint)
 
 
 # --------------------------------------------------------------------------- names and options

@@ -122,6 +122,28 @@ def test_mistakes_in_options_are_named(
     assert message in str(caught.value) and hint in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "text"),
+    [
+        *(("os_plus", o, v) for o, v in (("points", "0"), ("refine", "-1"), ("tokens", "-1"), ("t_min", "nan"))),
+        *(("outliers", o, v) for o, v in (("top", "0"), ("loss_samples", "0"), ("threshold", "-1"))),
+        *(("quantise", o, v) for o, v in (("alpha", "9"), ("alpha", "-1"), ("alpha", "nan"))),
+        *(("quantise", o, "0") for o in ("gate_samples", "alpha_samples")),
+        *(("smoothquant", o, v) for o, v in (("alpha", "2"), ("tokens", "0"))),
+        ("outlier_suppression", "floor", "-0.1"),
+    ],
+)
+def test_a_number_outside_its_range_is_the_users_error(name: str, option: str, text: str) -> None:
+    with pytest.raises(UserError, match=f"{option} is {text}, but must") as caught:
+        make_pass(name, {option: text})
+    assert caught.value.where == f"{name}{{{option}}}"
+
+
+@pytest.mark.parametrize("text", ["none", "0", "1"])
+def test_the_ends_of_a_range_and_none_are_in_it(text: str) -> None:
+    assert make_pass("quantise", {"alpha": text}).name == "quantise"
+
+
 # --------------------------------------------------------------------------- a user's own file
 
 
