@@ -134,7 +134,19 @@ class IrPass(Pass):
             model.graph = changed.graph
             model.functions.clear()
             model.functions.update(changed.functions)
+        unmade = _unmade(model.graph)
+        if unmade:
+            what = f"pass '{self.name}' removed what makes '{unmade[0]}', which is still read or an output"
+            raise UserError(what, hint="replace every use of a value, outputs included, before removing its node")
         return int(getattr(result, "modified", True))
+
+
+def _unmade(graph: ir.Graph) -> list[str]:
+    """The names of values that the graph reads or gives out, and nothing in it makes."""
+    made = {id(v) for v in (*graph.inputs, *graph.initializers.values())}
+    made |= {id(v) for node in graph for v in node.outputs}
+    wanted = [v for node in graph for v in node.inputs if v is not None and v.name]
+    return [str(v.name) for v in (*graph.outputs, *wanted) if id(v) not in made]
 
 
 def check_range(one: Pass, low: float, high: float, *options: str, hint: str = "") -> None:

@@ -293,6 +293,20 @@ def test_a_users_file_runs_in_the_pipeline_and_its_difference_is_recorded(
     assert kernels == ["up", "down"]
 
 
+@pytest.mark.parametrize("dumped", [False, True])
+@pytest.mark.parametrize("node", ["model.graph.outputs[0].producer()", "model.graph.node('up')"])
+def test_a_users_pass_that_removes_what_is_needed_is_the_users_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str, dumped: bool
+) -> None:
+    monkeypatch.setitem(backends.TARGETS, "plain", "tests.surface.plain:Plain")
+    path = tmp_path / "cut.py"
+    path.write_text(f"def cut(model):\n    model.graph.remove({node})\n")
+    options: Any = {"recipe": "float", "target": "plain", "calibration": [feeds()]}
+    options |= {"dump": tmp_path / "dump"} if dumped else {}
+    with pytest.raises(UserError, match=r"pass 'cut.py:cut' removed what makes '"):
+        qcompile.compile(write_model(tmp_path / "tiny.onnx"), passes=f"{path}:cut", **options)
+
+
 # --------------------------------------------------------------------------- entry points
 
 
