@@ -187,7 +187,7 @@ def take_samples(
         warn(text)
     described: dict[str, Any] = {"samples": len(samples), "max_length": max_length}
     if path is None:
-        return samples, described | {"kind": "built-in"}
+        return samples, described | {"kind": "random" if samples.is_random else "built-in"}
     root = path if path.is_dir() else path.parent
     files = manifest.files_below(path) if path.is_dir() else [path]
     return samples, described | {"kind": "files", "files": manifest.describe_files(root, files)}

@@ -81,6 +81,11 @@ def proof_words(proof: Record | None) -> str:
     return f"SQNR {decibels(proof['sqnr_db'])}, relative {proof['relative']:.2g}"
 
 
+def random_words(record: Record) -> str:
+    """What to add to a figure of the outputs where the samples were random; empty where they were not."""
+    return ", on random data" if record["calibration"]["kind"] == "random" else ""
+
+
 def kernel_counts(kernels: Sequence[Record]) -> dict[str, int]:
     """How many matmuls reached each kernel, the most frequent first."""
     counts = collections.Counter(k["kernel"] for k in kernels)
@@ -100,7 +105,7 @@ def _summary(record: Record) -> Raw:
     facts: list[tuple[Any, str]] = [
         (ratio.split()[0], f"{ratio.split()[1]}: {sizes}"),
         (f"{low} of {len(kernels)}", "matmuls run on integers"),
-        (decibels(record["end_to_end"]["sqnr_db"]), "end-to-end SQNR against the float model"),
+        (decibels(record["end_to_end"]["sqnr_db"]), f"end-to-end SQNR against the float model{random_words(record)}"),
         (sum(len(p["skips"]) for p in record["passes"]), "places left alone, each with a reason"),
     ]
     if record["gate"] is not None:

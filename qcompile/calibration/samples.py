@@ -55,7 +55,7 @@ class Sample:
 class SampleSet:
     """Samples that can be iterated any number of times; files are read again each time, one at a time.
 
-    warnings_: what the user should know about where the samples come from.
+    warnings_: what the user should know about where the samples come from; is_random: they are made up.
     """
 
     def __init__(
@@ -67,9 +67,11 @@ class SampleSet:
         max_samples: int = 128,
         pad_id: int = 0,
         warnings_: Sequence[str] = (),
+        is_random: bool = False,
     ) -> None:
         self.inputs = {item.name: item for item in inputs}
         self.warnings_ = list(warnings_)
+        self.is_random = is_random
         self._rows = rows
         self._max_samples = max_samples
         self._pad_id = pad_id
@@ -207,7 +209,7 @@ def _default_samples(
     rows = random_rows(inputs, request.limit, count, request.seed)
     what = "token ids" if _token_input(inputs) is not None else "inputs"
     warning = f"no calibration data given: random {what} are used, so the ranges mean little; give --calib"
-    return SampleSet(lambda: iter(rows), inputs, batch=request.batch, warnings_=[warning])
+    return SampleSet(lambda: iter(rows), inputs, batch=request.batch, warnings_=[warning], is_random=True)
 
 
 def _text_samples(

@@ -81,7 +81,7 @@ def default_output(model: str, recipe: str) -> Path:
 def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
     """The rows that a compilation ends with."""
     from qcompile.manifest import REPORT
-    from qcompile.report import decibels, kernel_counts, proof_words, size_words
+    from qcompile.report import decibels, kernel_counts, proof_words, random_words, size_words
 
     ratio, sizes = size_words(record["sizes"]["before"], record["sizes"]["after"])
     kernels = record["kernels"]
@@ -91,7 +91,7 @@ def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
         ("program", f"{where} ({record['recipe']['name']} for {record['target']['name']})"),
         ("size", f"{sizes} ({ratio})"),
         ("kernels", f"{low} of {len(kernels)} matmuls in low bits" + (f": {counts}" if counts else "")),
-        ("end to end", proof_words(record["end_to_end"])),
+        ("end to end", proof_words(record["end_to_end"]) + random_words(record)),
     ]
     worst = sorted(
         (x for x in record["layers"] if x["sqnr_db"] is not None), key=lambda x: float(x["sqnr_db"])

@@ -56,9 +56,17 @@ def test_a_compilation_ends_with_its_figures_on_stdout(
     assert cli.main([str(model), *PLAIN, "--calib", str(calib), "-o", "out"]) == 0
     shown = capsys.readouterr()
     rows = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
-    assert rows["kernels"] == "0 of 2 matmuls in low bits: MatMul 2"
+    assert rows["kernels"] == "0 of 2 matmuls in low bits: MatMul 2" and "random" not in shown.out
     assert rows["report"] == "out/report.html" and Path("out/report.html").is_file()
     assert "pipeline: canonicalise, lower{target=plain}" in shown.err
+
+
+def test_a_figure_of_random_data_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(model), *PLAIN, "-o", "out"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("end to end"))
+    assert row.endswith("identical, on random data")
+    assert json.loads(Path("out/manifest.json").read_text())["calibration"]["kind"] == "random"
+    assert "against the float model, on random data" in Path("out/report.html").read_text()
 
 
 def test_without_o_the_folder_is_named_after_model_and_recipe(model: Path, calib: Path) -> None:
