@@ -21,6 +21,7 @@ from qcompile.calibration.draft import Choice, Draft
 from qcompile.calibration.metric import Metric
 from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, hold_gate, rank
+from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass, check_range
@@ -53,6 +54,7 @@ class Quantise(Pass):
             return 0
         self._calibrate(ctx, draft)
         choice, alpha = self._decide(ctx, draft)
+        _record_exceptions(ctx, draft)
         self._record(ctx, draft, choice)
         count = draft.apply(model, choice, alpha)
         ctx.ledger.current.facts["alpha"] = alpha
@@ -96,6 +98,17 @@ class Quantise(Pass):
                 linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
+
+
+def _record_exceptions(ctx: Context, draft: Draft) -> None:
+    """A skip for each linear whose input the gate moved up, so that ``explain`` and the summary count it."""
+    gate = ctx.ledger.current.facts.get("gate")
+    if gate is None:
+        return
+    nodes = {linear.name: original_name(linear.node) for linear in find_linears(draft.model.graph)}
+    for name, scheme in gate["exceptions"].items():
+        for linear in gate["linears"][name]:
+            ctx.ledger.skip(linear, f"the gate keeps it in higher precision: {scheme}", nodes[linear])
 
 
 def _last(ctx: Context, count: int) -> list[Any]:

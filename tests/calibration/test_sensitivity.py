@@ -12,7 +12,7 @@ import pytest
 
 from qcompile.calibration.samples import Sample
 from qcompile.calibration.sensitivity import _bisect
-from qcompile.ledger import Entry
+from qcompile.ledger import Entry, Skip
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 from qcompile.recipe import Recipe, Rule, by_name
@@ -22,6 +22,7 @@ C, WIDE, SINK = 32, 48, 3
 STATIC = Rule(
     weights=WeightScheme(bits=8), activations=ActivationScheme.model_validate({"bits": 8, "observer": "minmax"})
 )
+LINEARS = ("first", "up", "down", "last")
 GRAPH = f"""<ir_version: 10, opset_import: ["" : 21]>
 g (float[b, s, {C}] x) => (float[b, s, {C}] y) {{
     first_norm = LayerNormalization <axis = -1> (x, gain)
@@ -89,6 +90,8 @@ def test_exactly_the_planted_site_is_given_precision() -> None:
         entry, gate = gated(found, 0.01)
         assert gate["exceptions"] == {"active": "uint8 per_token symmetric dynamic"}
         assert gate["linears"] == {"active": ["down"]} and gate["metric"] == "1 - cosine similarity"
+        why = "the gate keeps it in higher precision: uint8 per_token symmetric dynamic"
+        assert entry.skips == [Skip("down", why, "down")]
         without = next(step for step in gate["steps"] if step["exceptions"] == 0)
         assert gate["drop"] <= 0.01 < without["drop"]
         assert static_values(found) == {"first_norm", "stream", "last_norm"}
@@ -112,16 +115,17 @@ def test_the_figure_of_the_gate_is_that_of_the_model_it_hands_over() -> None:
 
 def test_a_gate_that_holds_already_costs_no_site() -> None:
     with bench(sink_model(), sequences()) as found:
-        _, gate = gated(found, 10.0)
-        assert gate["exceptions"] == {} and len(gate["steps"]) <= 2
+        entry, gate = gated(found, 10.0)
+        assert gate["exceptions"] == {} and not entry.skips and len(gate["steps"]) <= 2
         assert len(static_values(found)) == 4
 
 
 def test_what_per_token_cannot_hold_falls_to_float() -> None:
     with bench(sink_model(), sequences()) as found:
         before = found.outputs()
-        _, gate = gated(found, 1e-9)
+        entry, gate = gated(found, 1e-9)
         assert set(gate["exceptions"].values()) == {"float"} and len(gate["exceptions"]) == 4
+        assert {skip.site: skip.reason.partition(": ")[2] for skip in entry.skips} == dict.fromkeys(LINEARS, "float")
         assert not static_values(found)
         for a, b in zip(before, found.outputs(), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
