@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +27,9 @@ from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass, check_range
+from qcompile.progress import warn
 from qcompile.quant.numerics import CLIP_BELOW_BITS
+from qcompile.recipe import Op, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Quantise(Pass):
         draft = Draft(model, ctx.recipe, ctx.workspace)
         for site, reason, node in draft.left:
             ctx.ledger.skip(site, reason, node)
+        _tell_unmatched(ctx, draft.names())
         if not draft.choice.weights:
             ctx.ledger.note("nothing to quantise: no linear with a constant weight was found")
             return 0
@@ -109,6 +114,27 @@ def _record_exceptions(ctx: Context, draft: Draft) -> None:
     for name, scheme in gate["exceptions"].items():
         for linear in gate["linears"][name]:
             ctx.ledger.skip(linear, f"the gate keeps it in higher precision: {scheme}", nodes[linear])
+
+
+def _tell_unmatched(ctx: Context, known: Mapping[Op, list[str]]) -> None:
+    """A note and a warning for each scope that no operator of its kind is in: most likely it is misspelt."""
+    for rule in ctx.recipe.rules:
+        if rule.scope == "*" or any(rule.matches(rule.op, name) for name in known[rule.op]):
+            continue
+        text = f"scope '{rule.scope}' matches no {rule.op}, so its rule does nothing; {_meant(rule, known)}"
+        ctx.ledger.note(text)
+        warn(text)
+
+
+def _meant(rule: Rule, known: Mapping[Op, list[str]]) -> str:
+    for op, names in known.items():
+        if any(rule.matches(rule.op, name) for name in names):
+            return f'did you mean op = "{op}"?'
+    names = known[rule.op]
+    close = difflib.get_close_matches(rule.scope, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(names[:3])} ..." if names else f"this graph has no {rule.op}"
 
 
 def _last(ctx: Context, count: int) -> list[Any]:

@@ -30,7 +30,7 @@ from qcompile.graph.sites import ATTENTIONS, Linear, find_embeddings, find_linea
 from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import QuantizedWeight, quantize_weight
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
-from qcompile.recipe import Recipe
+from qcompile.recipe import Op, Recipe
 
 SMALL_TABLE = 1 << 16  # elements; a smaller embedding is not worth codes
 NOTHING = np.zeros(0, np.int64)
@@ -81,6 +81,16 @@ class Draft:
         for linear in find_linears(self.model.graph):
             if linear.x.name in self.choice.activations and linear.name not in self._float_inputs:
                 found.setdefault(str(linear.x.name), []).append(linear.name)
+        return found
+
+    def names(self) -> dict[Op, list[str]]:
+        """The names that a rule's scope is held against, by kind of operator."""
+        found: dict[Op, list[str]] = {"linear": [], "head": [], "embedding": [], "attention": []}
+        for linear in find_linears(self.model.graph):
+            found["head" if linear.is_head else "linear"].append(linear.name)
+        tables = (node.inputs[0] for node in find_embeddings(self.model.graph))
+        found["embedding"] = [original_name(table) for table in tables if table is not None]
+        found["attention"] = [original_name(node) for node in self.model.graph if is_op(node, *ATTENTIONS)]
         return found
 
     def build(self, choice: Choice | None = None, alpha: float = 1.0) -> ir.Model:

@@ -253,6 +253,21 @@ def test_rules_by_glob_give_each_site_its_own_scheme(tmp_path: Path) -> None:
         assert error(before, found.outputs()) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        ({"scope": "transformer.h.0.mlp.cfc"}, "no linear, so its rule does nothing; did you mean transformer.h."),
+        ({"scope": "lm_head"}, 'did you mean op = "head"?'),
+        ({"scope": "zzz", "op": "embedding"}, "scope 'zzz' matches no embedding, so its rule does nothing; known: "),
+    ],
+)
+def test_a_scope_that_matches_nothing_is_told(rule: dict[str, Any], text: str, capsys: Any) -> None:
+    rules = (Rule(scope="*.c_*", weights=WeightScheme(bits=8)), Rule.model_validate(rule))
+    with quantised(cached_export("gpt2"), Recipe(name="mine", rules=rules)) as (_, entry, _):
+        (note,) = entry.notes
+        assert text in note and f"warning: {note}" in capsys.readouterr().err
+
+
 def test_a_float_linear_beside_a_quantised_one_reads_floats() -> None:
     """Both read the same norm; only the one that the recipe names reads it quantised."""
     rule = Rule(scope="fc0", weights=WeightScheme(bits=8), activations=ActivationScheme(bits=2))
