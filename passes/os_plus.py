@@ -54,12 +54,6 @@ class OsPlus(Transform):
         check_range(self, 1, math.inf, "points", "tokens")
         check_range(self, 0, math.inf, "refine", "t_min")
 
-    def kinds(self) -> Sequence[str]:
-        return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]
-
-    def how(self) -> Mode:
-        return self.mode
-
     def choose(
         self, model: ir.Model, ctx: Context, sites: Sequence[Site], ranges: Sequence[Ranges]
     ) -> Iterator[tuple[Site, Found]]:

@@ -47,12 +47,6 @@ class SmoothQuant(Transform):
         check_range(self, 0, 1, "alpha", hint="0.5 shares alike; search=1 finds one for each site")
         check_range(self, 1, math.inf, "tokens")
 
-    def kinds(self) -> Sequence[str]:
-        return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind)]
-
-    def how(self) -> Mode:
-        return self.mode
-
     def choose(
         self, model: ir.Model, ctx: Context, sites: Sequence[Site], ranges: Sequence[Ranges]
     ) -> Iterator[tuple[Site, Found]]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.ort.causal import Chunks, is_causal
-from qcompile.backends.ort.emit import node_before
+from qcompile.backends.ort.emit import put_node
 from qcompile.backends.ort.rotary import Rotary
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
@@ -64,7 +64,7 @@ class _Lowering:
         if bias is not None and len(inputs) == 4 and is_causal(bias):
             new = self.chunks.attention(inputs, attributes, node, name)
         else:
-            new = node_before(node, "", "Attention", inputs, name, attributes)
+            new = put_node(node, "", "Attention", inputs, name, attributes)
         _set(new.outputs[0], [*_leading(flat[0]), q_heads * v_width])
         self._put(node, new.outputs[0], q_heads, v_width)
         match.remove_dead(self.model.graph, [n for n in (x.producer() for x in (q, k, v)) if n is not None])
@@ -82,7 +82,7 @@ class _Lowering:
                 match.remove_dead(self.model.graph, [reshape])
                 return
         target = self._constant("heads", [0, 0, heads, width])
-        split = node_before(node, "", "Reshape", [context, target], f"{old.name}.split")
+        split = put_node(node, "", "Reshape", [context, target], f"{old.name}.split")
         _set(split.outputs[0], [*_leading(context), heads, width])
         new = match.new_node("", "Transpose", [split.outputs[0]], {"p": ir.AttrInt64s("perm", _HEADS)}, [node])
         match.put_instead(node, new)
@@ -95,7 +95,7 @@ class _Lowering:
         transpose = match.producer(value, "Transpose")
         if transpose is None or _permutation(transpose) != _HEADS or transpose.inputs[0] is None:
             perm = [ir.AttrInt64s("perm", _HEADS)]
-            transpose = node_before(reader, "", "Transpose", [value], f"{value.name}.by_token", perm)
+            transpose = put_node(reader, "", "Transpose", [value], f"{value.name}.by_token", perm)
             assert value.shape is not None
             _set(transpose.outputs[0], [value.shape[i] for i in _HEADS])
             return self._joined(transpose.outputs[0], reader)
@@ -111,7 +111,7 @@ class _Lowering:
         assert isinstance(heads, int) and isinstance(width, int)
         target = self._constant("joined", [0, 0, heads * width])
         source = split.producer()
-        put = node_before(reader, "", "Reshape", [split, target], f"{split.name}.joined")
+        put = put_node(reader, "", "Reshape", [split, target], f"{split.name}.joined")
         assert source is not None
         _set(put.outputs[0], [*list(split.shape)[:2], heads * width])
         return put.outputs[0]
@@ -131,11 +131,11 @@ class _Lowering:
         """``bias`` broadcast to (1, 1, S, T) at least."""
         q, k = reader.inputs[0], reader.inputs[1]
         span = [ir.AttrInt64("start", 2), ir.AttrInt64("end", 3)]
-        sizes = [node_before(reader, "", "Shape", [x], f"{bias.name}.rows", span).outputs[0] for x in (q, k)]
+        sizes = [put_node(reader, "", "Shape", [x], f"{bias.name}.rows", span).outputs[0] for x in (q, k)]
         ones = self._constant("ones", [1, 1])
         axis = [ir.AttrInt64("axis", 0)]
-        shape = node_before(reader, "", "Concat", [ones, *sizes], f"{bias.name}.shape", axis).outputs[0]
-        whole = node_before(reader, "", "Expand", [bias, shape], f"{bias.name}.whole").outputs[0]
+        shape = put_node(reader, "", "Concat", [ones, *sizes], f"{bias.name}.shape", axis).outputs[0]
+        whole = put_node(reader, "", "Expand", [bias, shape], f"{bias.name}.whole").outputs[0]
         whole.dtype = ir.DataType.FLOAT
         return whole
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import node_before
+from qcompile.backends.ort.emit import put_node
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import new_initializer
 from qcompile.graph.workspace import Workspace
@@ -80,7 +80,7 @@ class Chunks:
             outputs.append(self._put(reader, "Attention", [*parts, piece], f"{name}.chunk", attributes))
         joined = self._put(reader, "Concat", outputs, f"{name}.chunks", [ir.AttrInt64("axis", 1)])
         end = self.pieces[id(bias)][-1][1]
-        return node_before(reader, "", "Slice", [joined, first, end, rows], name)
+        return put_node(reader, "", "Slice", [joined, first, end, rows], name)
 
     def _cut(self, bias: ir.Value, reader: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
         """(start, end, bias[start:end, :end]) of each chunk, none of them empty.
@@ -117,7 +117,7 @@ class Chunks:
         name: str,
         attributes: list[ir.Attr] | None = None,
     ) -> ir.Value:
-        value = node_before(reader, "", op, inputs, name, attributes or []).outputs[0]
+        value = put_node(reader, "", op, inputs, name, attributes or []).outputs[0]
         return value
 
     def _constant(self, numbers: list[int]) -> ir.Value:

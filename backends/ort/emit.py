@@ -11,44 +11,19 @@ from qcompile.graph.provenance import inherit
 MS = "com.microsoft"
 
 
-def node_before(
-    reader: ir.Node,
+def put_node(
+    anchor: ir.Node,
     domain: str,
     op: str,
     inputs: Sequence[ir.Value | None],
     name: str,
     attributes: Sequence[ir.Attr] = (),
+    *,
+    after: bool = False,
 ) -> ir.Node:
-    """A node with one output called ``name``, right before ``reader``, whose provenance it takes."""
-    node = _made(domain, op, inputs, name, attributes, reader)
-    assert reader.graph is not None
-    reader.graph.insert_before(reader, node)
-    return node
-
-
-def node_after(
-    source: ir.Node,
-    domain: str,
-    op: str,
-    inputs: Sequence[ir.Value | None],
-    name: str,
-    attributes: Sequence[ir.Attr] = (),
-) -> ir.Node:
-    """A node with one output called ``name``, right after ``source``, whose provenance it takes."""
-    node = _made(domain, op, inputs, name, attributes, source)
-    assert source.graph is not None
-    source.graph.insert_after(source, node)
-    return node
-
-
-def _made(
-    domain: str,
-    op: str,
-    inputs: Sequence[ir.Value | None],
-    name: str,
-    attributes: Sequence[ir.Attr],
-    like: ir.Node,
-) -> ir.Node:
-    node = inherit(ir.Node(domain, op, inputs, attributes, num_outputs=1), like)
+    """A node with one output called ``name``, right before or after ``anchor``, whose provenance it takes."""
+    node = inherit(ir.Node(domain, op, inputs, attributes, num_outputs=1), anchor)
     node.outputs[0].name = name
+    assert anchor.graph is not None
+    (anchor.graph.insert_after if after else anchor.graph.insert_before)(anchor, node)
     return node

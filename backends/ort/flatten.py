@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import node_after, node_before
+from qcompile.backends.ort.emit import put_node
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import is_op
@@ -168,7 +168,7 @@ class _Flattener:
             width = _width(value)
             assert width is not None
             target = new_initializer(self.model, "rows", np.array([-1, width], np.int64), self.workspace)
-            rows = node_before(reader, "", "Reshape", [value, target], f"{value.name}.rows").outputs[0]
+            rows = put_node(reader, "", "Reshape", [value, target], f"{value.name}.rows").outputs[0]
             rows.type, rows.shape = value.type, ir.Shape([None, width])
             self.flat[id(value)] = rows
         return self.flat[id(value)]
@@ -180,7 +180,7 @@ class _Flattener:
         assert node is not None
         shape = self._shape(self.roots[id(output)], width)
         name = output.name
-        back = node_after(node, "", "Reshape", [output, shape], f"{name}.tokens").outputs[0]
+        back = put_node(node, "", "Reshape", [output, shape], f"{name}.tokens", after=True).outputs[0]
         back.type, back.shape = output.type, rank3
         for reader, index in outside:
             reader.replace_input_with(index, back)
@@ -198,8 +198,8 @@ class _Flattener:
             held = new_initializer(self.model, "width", np.array([width], np.int64), self.workspace)
             made = leading.producer()
             assert made is not None
-            axis = [ir.AttrInt64("axis", 0)]
-            value = node_after(made, "", "Concat", [leading, held], f"{leading.name}.{width}", axis).outputs[0]
+            axis, name = [ir.AttrInt64("axis", 0)], f"{leading.name}.{width}"
+            value = put_node(made, "", "Concat", [leading, held], name, axis, after=True).outputs[0]
             value.dtype, value.shape = ir.DataType.INT64, ir.Shape([3])
             self.shapes[key] = value
         return self.shapes[key]
@@ -215,8 +215,8 @@ class _Flattener:
             source = source if source is not None else root
             made = source.producer()
             anchor = made if made is not None else next(iter(self.model.graph))
-            put = node_after if made is not None else node_before
-            value = put(anchor, "", "Shape", [source], f"{source.name}.leading", span).outputs[0]
+            inputs, name = [source], f"{source.name}.leading"
+            value = put_node(anchor, "", "Shape", inputs, name, span, after=made is not None).outputs[0]
             value.dtype, value.shape = ir.DataType.INT64, ir.Shape([2])
             self.leading[key] = value
         return self.leading[key]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import node_before
+from qcompile.backends.ort.emit import put_node
 from qcompile.backends.ort.linear import (
     QuantisedWeight,
     bias_of,
@@ -185,7 +185,7 @@ class _Lowering:
     def _put(
         self, node: ir.Node, op: str, inputs: list[ir.Value | None], attributes: list[ir.Attr] | None = None
     ) -> ir.Value:
-        made = node_before(node, "", op, inputs, f"{node.outputs[0].name}.{op}", attributes or [])
+        made = put_node(node, "", op, inputs, f"{node.outputs[0].name}.{op}", attributes or [])
         return made.outputs[0]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import MS, node_before
+from qcompile.backends.ort.emit import MS, put_node
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.workspace import Workspace
@@ -42,7 +42,7 @@ class Rotary:
         halves = [self._half(table, width, rope) for table in (cos, sin)]
         inputs = [source, self._positions(halves[0], source, rope), *halves]
         attributes = [ir.AttrInt64("num_heads", int(x.shape[1])), ir.AttrInt64("interleaved", 0)]  # type: ignore[arg-type]
-        new = node_before(rope, MS, "RotaryEmbedding", inputs, f"{rope.outputs[0].name}.by_token", attributes)
+        new = put_node(rope, MS, "RotaryEmbedding", inputs, f"{rope.outputs[0].name}.by_token", attributes)
         result = new.outputs[0]
         result.type, result.shape = source.type, source.shape
         return result
@@ -50,9 +50,9 @@ class Rotary:
     def _half(self, table: ir.Value, width: int, reader: ir.Node) -> ir.Value:
         if id(table) not in self.tables:
             start, end, axis = (self._constant(n, [v]) for n, v in (("start", 0), ("half", width // 2), ("last", -1)))
-            half = node_before(reader, "", "Slice", [table, start, end, axis], f"{table.name}.half").outputs[0]
+            half = put_node(reader, "", "Slice", [table, start, end, axis], f"{table.name}.half").outputs[0]
             rows = self._constant("table_rows", [-1, width // 2])
-            self.tables[id(table)] = node_before(reader, "", "Reshape", [half, rows], f"{table.name}.table").outputs[0]
+            self.tables[id(table)] = put_node(reader, "", "Reshape", [half, rows], f"{table.name}.table").outputs[0]
             self.tables[id(table)].dtype = ir.DataType.FLOAT
         return self.tables[id(table)]
 
@@ -64,7 +64,7 @@ class Rotary:
 
             def put(op: str, inputs: list[ir.Value], **numbers: int) -> ir.Value:
                 attributes = [ir.AttrInt64(k, v) for k, v in numbers.items()]
-                return node_before(reader, "", op, inputs, f"{name}.{op}", attributes).outputs[0]
+                return put_node(reader, "", op, inputs, f"{name}.{op}", attributes).outputs[0]
 
             zero, one = (self._scalar(n, v) for n, v in (("zero", 0), ("one", 1)))
             count = put("Squeeze", [put("Shape", [table], start=0, end=1)])

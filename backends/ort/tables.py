@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import node_before
+from qcompile.backends.ort.emit import put_node
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.provenance import layer_name
@@ -81,4 +81,4 @@ class _Lookup:
     def _put(
         self, op: str, inputs: list[ir.Value | None], label: str, attributes: list[ir.Attr] | None = None
     ) -> ir.Value:
-        return node_before(self.gather, "", op, inputs, f"{self.name}.{label}", attributes or []).outputs[0]
+        return put_node(self.gather, "", op, inputs, f"{self.name}.{label}", attributes or []).outputs[0]

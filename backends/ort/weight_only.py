@@ -17,7 +17,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.ort.emit import MS, node_before
+from qcompile.backends.ort.emit import MS, put_node
 from qcompile.backends.ort.linear import QuantisedWeight, bias_of, quantised_weight, replace_linear
 from qcompile.backends.ort.names import REASON
 from qcompile.graph.canonical import match
@@ -136,7 +136,7 @@ def _expand(model: ir.Model, product: ir.Node, weight: QuantisedWeight, workspac
     name = weight.codes.name
 
     def put(op: str, inputs: list[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
-        return node_before(product, "", op, inputs, f"{name}.{op}", attributes).outputs[0]
+        return put_node(product, "", op, inputs, f"{name}.{op}", attributes).outputs[0]
 
     def line(value: ir.Value, kind: type[np.generic]) -> ir.Value:
         """A vector along the quantised axis of the codes."""

@@ -35,12 +35,14 @@ class Transform(Pass):
         """The transform of each site; the one before is applied when the next is asked for."""
 
     def kinds(self) -> Sequence[str]:
-        """The kinds of sites to use."""
-        return ("norm",)
+        """The kinds of sites to use: those whose option is on; a pass without such options uses norms."""
+        return [kind for kind in ("norm", "v_o", "up_down") if getattr(self, kind, kind == "norm")]
 
     def how(self) -> Mode:
-        """``fold`` into producers, or ``insert`` nodes; ``auto`` inserts behind norms that cannot fold."""
-        return "fold"
+        """The option ``mode``: ``fold`` into producers (where there is no option), or ``insert`` nodes; ``auto``
+        inserts behind norms that cannot fold."""
+        mode: Mode = getattr(self, "mode", "fold")
+        return mode
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         """Choose and apply; returns how many sites were changed. The others are left with a reason."""

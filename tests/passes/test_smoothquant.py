@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from qcompile.errors import UserError
+from qcompile.passes.os_plus import OsPlus
+from qcompile.passes.outlier_suppression import OutlierSuppression
 from qcompile.passes.smoothquant import SmoothQuant, smoothing
 from tests.passes.planted import bench, difference, inputs, normed, outlier_norm
 from tests.passes.test_os_plus import TOLERANCE, equivalent
@@ -60,6 +62,13 @@ def test_by_default_only_norms_are_used() -> None:
     with bench(normed(*outlier_norm()), inputs()) as found:
         assert SmoothQuant().kinds() == ["norm"]
         assert [s["site"] for s in found.run("smoothquant").sites] == ["norm:norm"]
+
+
+def test_options_of_one_name_mean_the_same_in_every_transform() -> None:
+    assert (OsPlus().kinds(), OsPlus().how()) == (["norm", "v_o", "up_down"], "auto")
+    assert (OsPlus(norm=False, mode="fold").kinds(), OsPlus(mode="fold").how()) == (["v_o", "up_down"], "fold")
+    assert (SmoothQuant(v_o=True, mode="insert").kinds(), SmoothQuant(mode="insert").how()) == (["norm", "v_o"], "insert")
+    assert (OutlierSuppression().kinds(), OutlierSuppression().how()) == (["norm"], "fold")  # has neither option
 
 
 @pytest.mark.parametrize("name", ("llama", "mixtral"))
