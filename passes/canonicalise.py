@@ -28,7 +28,7 @@ from qcompile.graph.canonical import (
 )
 from qcompile.graph.provenance import original_name
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass
+from qcompile.pipeline import Context, Form, Pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Canonicalise(Pass):
 
     name: ClassVar[str] = "canonicalise"
     preserves: ClassVar[Preserves] = "function"
+    reads: ClassVar[tuple[Form, ...]] = ("captured", "canonical")
+    makes: ClassVar[Form | None] = "canonical"
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         taken_apart, refused = fused.rewrite(model, ctx.workspace)

@@ -28,7 +28,7 @@ from qcompile.calibration.verdict import FINE, Figures, figures, needs
 from qcompile.graph.edits import constant_array
 from qcompile.graph.sites import Site, describe, find_linears, find_sites
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass, check_range
+from qcompile.pipeline import Context, Form, Pass, check_range
 
 RATIO = 4.0  # a channel this many times the median channel is an outlier
 LAYER_SHARE, POSITION_SHARE = 0.25, 0.06  # an outlier feature's layers and positions (LLM.int8, section 4)
@@ -40,6 +40,7 @@ class Outliers(Pass):
 
     name: ClassVar[str] = "outliers"
     preserves: ClassVar[Preserves] = "analysis"
+    reads: ClassVar[tuple[Form, ...]] = ("canonical",)
 
     top: int = 8
     loss_samples: int = 2

@@ -26,7 +26,7 @@ from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, ho
 from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass, check_range
+from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.progress import warn
 from qcompile.quant.numerics import CLIP_BELOW_BITS
 from qcompile.recipe import Op, Rule
@@ -39,6 +39,8 @@ class Quantise(Pass):
 
     name: ClassVar[str] = "quantise"
     preserves: ClassVar[Preserves] = "approximation"
+    reads: ClassVar[tuple[Form, ...]] = ("canonical",)
+    makes: ClassVar[Form | None] = "quantised"
 
     alpha: float | None = None
     energy: bool = True

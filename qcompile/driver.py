@@ -20,7 +20,7 @@ from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
 from qcompile.intake import Taken, describe_tokenizer, take, take_samples
 from qcompile.ledger import Ledger, Proof
-from qcompile.pipeline import Arrays, Context, IrPass, Pass, make_pass, split_passes
+from qcompile.pipeline import Arrays, Context, IrPass, Pass, check_order, make_pass, split_passes
 from qcompile.progress import say, step, warn
 from qcompile.publish import check_destination, publish, writing
 from qcompile.recipe import Recipe
@@ -150,13 +150,17 @@ def _inputs(taken: Taken, calibration: dict[str, Any], tokenizer: Path | None) -
 
 
 def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend) -> list[Pass]:
-    """The whole pipeline: ``canonicalise``, the transforms, ``quantise`` if anything is, the lowering."""
+    """The whole pipeline: ``canonicalise``, the transforms, ``quantise`` if anything is, the lowering.
+
+    Raises UserError where a pass stands where it cannot work.
+    """
     steps = _steps(passes, recipe)
     names = [p.name for p in steps]
     if "canonicalise" not in names:
         steps.insert(0, make_pass("canonicalise", {}))
     if "quantise" not in names and recipe.rules:
         steps.append(make_pass("quantise", {}))
+    check_order(steps)
     return [*steps, Lower(backend)]
 
 

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,10 @@ PASSES: dict[str, str] = {
     "quantise": "qcompile.passes.quantise:Quantise",
 }
 ENTRY_POINTS = "qcompile.passes"
+
+# The form of the model between two passes, in the order in which a pipeline reaches them.
+Form = Literal["captured", "canonical", "quantised"]
+FORMS: tuple[Form, ...] = typing.get_args(Form)
 
 Arrays = dict[str, np.ndarray]
 
@@ -89,12 +93,15 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
 
     ``preserves`` is the claim that the runner checks: ``function`` (equal outputs up to ``tolerance``,
     relative), ``approximation`` (the difference is measured and recorded) or ``analysis`` (the graph
-    is not touched).
+    is not touched). ``reads``: the forms of the model that the pass works on; ``makes``: the form that it
+    leaves, None where it leaves the one that it found.
     """
 
     name: ClassVar[str]
     preserves: ClassVar[Preserves]
     tolerance: ClassVar[float] = 1e-5
+    reads: ClassVar[tuple[Form, ...]] = FORMS
+    makes: ClassVar[Form | None] = None
 
     @abc.abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
@@ -157,6 +164,28 @@ def check_range(one: Pass, low: float, high: float, *options: str, hint: str = "
             continue
         bound = f"lie in {low:g}..{high:g}" if math.isfinite(high) else f"be {low:g} or more"
         raise UserError(f"{option} is {value:g}, but must {bound}", where=f"{one.name}{{{option}}}", hint=hint)
+
+
+def check_order(steps: Sequence[Pass]) -> None:
+    """UserError for the first pass that does not read the form that the passes before it have made."""
+    form: Form = "captured"
+    maker = ""
+    for number, one in enumerate(steps):
+        if form not in one.reads:
+            raise _misplaced(one, form, maker, steps[number + 1 :])
+        if one.makes is not None:
+            form, maker = one.makes, one.name
+
+
+def _misplaced(one: Pass, form: Form, maker: str, later: Sequence[Pass]) -> UserError:
+    """``one`` meets the model in ``form``, which ``maker`` has made, and does not read that."""
+    if form == FORMS[-1]:
+        what = f"pass '{one.name}' needs the float model, but '{maker}' stands before it"
+        again = one.name == maker
+        return UserError(what, hint=f"name {maker} once" if again else f"write --passes {one.spec},{maker}")
+    wanted = next((p.name for p in later if p.makes in one.reads), "canonicalise")
+    what = f"pass '{one.name}' needs the canonical form, but '{wanted}' does not stand before it"
+    return UserError(what, hint=f"write --passes {wanted},{one.spec}")
 
 
 # --------------------------------------------------------------------------- names and options

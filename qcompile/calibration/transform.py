@@ -15,7 +15,7 @@ from qcompile.graph.fold import fold, insert
 from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import Site, describe, find_sites
 from qcompile.ledger import Preserves
-from qcompile.pipeline import Context, Pass
+from qcompile.pipeline import Context, Form, Pass
 
 Mode = Literal["fold", "insert", "auto"]
 Ranges = tuple[np.ndarray, np.ndarray]  # (lo, hi) of each channel of the producer
@@ -26,6 +26,7 @@ class Transform(Pass):
     """A pass that moves a shift and a scale of each channel from activations into weights."""
 
     preserves: ClassVar[Preserves] = "function"
+    reads: ClassVar[tuple[Form, ...]] = ("canonical",)
     parameter: ClassVar[str] = "parameter"  # what ``Found.parameter`` is called in the ledger
 
     @abc.abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -48,6 +49,29 @@ def test_a_float_recipe_needs_no_transform_and_no_quantiser() -> None:
 def test_the_pipeline_adds_what_the_named_passes_need() -> None:
     assert names("canonicalise", "float") == ["canonicalise", "lower"]
     assert names([lambda model: None], "float") == ["canonicalise", "<lambda>", "lower"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "message", "hint"),
+    [
+        ("quantise,os_plus{points=5}", "'os_plus' needs the float model, but 'quantise'", "os_plus{points=5},quantise"),
+        ("os_plus,quantise,outliers", "pass 'outliers' needs the float model, but 'quantise'", "outliers,quantise"),
+        ("quantise,canonicalise", "'quantise' needs the canonical form, but 'canonicalise'", "canonicalise,quantise"),
+        ("smoothquant,canonicalise", "pass 'smoothquant' needs the canonical form", "canonicalise,smoothquant"),
+        ("canonicalise,quantise,canonicalise", "pass 'canonicalise' needs the float model", "canonicalise,quantise"),
+        ("quantise,quantise", "pass 'quantise' needs the float model", "name quantise once"),
+    ],
+)
+def test_passes_in_an_order_that_cannot_work_are_refused(passes: str, message: str, hint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        names(passes, "w8a8_static")
+    assert hint in caught.value.hint
+
+
+def test_a_pass_of_ones_own_may_stand_anywhere() -> None:
+    assert names([print, "canonicalise,os_plus,quantise", print], "w8a8_static") == [
+        "print", "canonicalise", "os_plus", "quantise", "print", "lower",
+    ]  # fmt: skip
 
 
 def test_run_gives_the_outputs_by_name(model: Path) -> None:
