@@ -1,12 +1,12 @@
 """Calibration samples: from .npz files or text, completed to what the model wants, checked before use.
 
-One sample is one sequence (or one image, ...), or ``batch`` of them.
+One sample is one sequence (or one image, ...), or as many as the model's static batch holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from qcompile.errors import UserError
 Arrays = dict[str, np.ndarray]
 BUILT_IN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl")
-RANDOM_BATCHES = 16
+RANDOM_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,29 +27,10 @@ class Sample:
     """The feeds of one run, by input name.
 
     mask: bool [batch, sequence], True at real tokens; None when the model has no mask input.
-    sequence_inputs: inputs whose axis 1 is the mask's axis 1, cut with it; empty when cutting is not safe.
     """
 
     feeds: Arrays
     mask: np.ndarray | None = None
-    sequence_inputs: tuple[str, ...] = ()
-
-    def trimmed(self) -> Sample:
-        """This sample without columns that are padding in every row, where that keeps the model's function.
-
-        Padding on the right always can go. On the left it shifts positions, so it goes only when the model
-        takes ``position_ids``. Static shapes are never cut.
-        """
-        if self.mask is None or not self.sequence_inputs or not self.mask.any():
-            return self
-        used = np.flatnonzero(self.mask.any(axis=0))
-        first = int(used[0]) if any("position_ids" in name for name in self.sequence_inputs) else 0
-        kept = slice(first, int(used[-1]) + 1)
-        feeds = {
-            name: array[:, kept] if name in self.sequence_inputs else array
-            for name, array in self.feeds.items()
-        }
-        return dataclasses.replace(self, feeds=feeds, mask=self.mask[:, kept])
 
 
 class SampleSet:
@@ -63,7 +44,6 @@ class SampleSet:
         rows: Callable[[], Iterator[Arrays]],
         inputs: Sequence[Input],
         *,
-        batch: int = 1,
         max_samples: int = 128,
         pad_id: int = 0,
         warnings_: Sequence[str] = (),
@@ -75,9 +55,9 @@ class SampleSet:
         self._rows = rows
         self._max_samples = max_samples
         self._pad_id = pad_id
-        self._batch = _batch_size(inputs, batch)
+        self._batch = _batch_size(inputs)
         self._mask_input = mask_input(inputs)
-        self._sequence_inputs = _sequence_inputs(inputs, self._mask_input)
+        self._can_pad = _can_pad(inputs, self._mask_input)
         self._length = sum(1 for _ in self)  # reads and checks everything once
         if self._length == 0:
             wanted = (
@@ -108,8 +88,7 @@ class SampleSet:
         """Rows of different lengths share a batch only when a mask can say which tokens are padding."""
         if first.keys() != row.keys():
             return False
-        can_pad = bool(self._sequence_inputs)
-        return all(first[n].shape == a.shape or (can_pad and a.ndim == 1) for n, a in row.items())
+        return all(first[n].shape == a.shape or (self._can_pad and a.ndim == 1) for n, a in row.items())
 
     def _flush(self, rows: list[Arrays]) -> Iterator[Sample]:
         if not rows or (len(rows) < self._batch and self._has_static_batch()):
@@ -118,7 +97,7 @@ class SampleSet:
         feeds = complete(feeds, list(self.inputs.values()))
         arrays.check_feeds(feeds, self.inputs)
         mask = feeds[self._mask_input].astype(bool) if self._mask_input is not None else None
-        yield Sample(feeds, mask, self._sequence_inputs)
+        yield Sample(feeds, mask)
 
     def _has_static_batch(self) -> bool:
         return any(item.shape and isinstance(item.shape[0], int) for item in self.inputs.values())
@@ -150,8 +129,6 @@ class _Request:
 
     max_samples: int
     limit: int
-    batch: int
-    windows: bool | None
     seed: int
 
 
@@ -161,8 +138,6 @@ def load_samples(
     tokenizer: Path | None,
     max_samples: int = 128,
     max_length: int = 512,
-    batch: int = 1,
-    windows: bool | None = None,
     seed: int = 0,
 ) -> SampleSet:
     """The calibration samples for ``model``.
@@ -170,22 +145,21 @@ def load_samples(
     calib: an ``.npz`` (keys are input names, the first axis counts samples), a folder of them, a ``.txt`` or
         a ``.jsonl`` (key ``text``); None takes a small built-in text, or random data where no text fits
     tokenizer: ``tokenizer.json`` or the folder that holds it; text needs it
-    windows: True cuts the whole text into windows of ``max_length`` tokens without overlap (language models),
-        False takes one line a sample; None decides from the model's output and the tokenizer
+    max_length: tokens in a sample at most; text for a language model is cut into windows of that many
     seed: of the random data
 
     Everything is read and checked once here. Raises UserError naming the key, the expected and the found.
     """
     inputs = model_inputs(model)
     limit = min(max_length, position_limit(model), _static_length(inputs))
-    request = _Request(max_samples, limit, batch, windows, seed)
+    request = _Request(max_samples, limit, seed)
     if calib is None:
         return _default_samples(model, inputs, tokenizer, request)
     if not calib.exists():
         hint = "give an .npz, a folder of .npz, a .txt or a .jsonl"
         raise UserError(f"no such calibration file or folder: {calib}", hint=hint)
     if calib.is_dir() or calib.suffix == ".npz":
-        return SampleSet(arrays.reader(calib, inputs), inputs, batch=batch, max_samples=max_samples)
+        return SampleSet(arrays.reader(calib, inputs), inputs, max_samples=max_samples)
     if calib.suffix not in TEXT_SUFFIXES:
         raise UserError(
             f"cannot read calibration data of type '{calib.suffix}'",
@@ -205,11 +179,11 @@ def _default_samples(
             "give --calib with text like yours for better accuracy"
         )
         return samples
-    count = min(request.max_samples, RANDOM_BATCHES * request.batch)
+    count = min(request.max_samples, RANDOM_ROWS * _batch_size(inputs))
     rows = random_rows(inputs, request.limit, count, request.seed)
     what = "token ids" if _token_input(inputs) is not None else "inputs"
     warning = f"no calibration data given: random {what} are used, so the ranges mean little; give --calib"
-    return SampleSet(lambda: iter(rows), inputs, batch=request.batch, warnings_=[warning], is_random=True)
+    return SampleSet(lambda: iter(rows), inputs, warnings_=[warning], is_random=True)
 
 
 def _text_samples(
@@ -222,9 +196,7 @@ def _text_samples(
             hint=f"give an .npz with {', '.join(item.name for item in inputs)}",
         )
     encoder = text.load_tokenizer(tokenizer)
-    as_windows = request.windows
-    if as_windows is None:
-        as_windows = _predicts_tokens(model, inputs) and not text.is_framed(encoder)
+    as_windows = _predicts_tokens(model, inputs) and not text.is_framed(encoder)
     read = text.windows if as_windows else text.lines
     tokens = read(encoder, calib, request.limit, request.max_samples)
     if not tokens:
@@ -232,9 +204,7 @@ def _text_samples(
         raise UserError("the calibration text holds no usable line", where=str(calib), hint=hint)
     pad = text.pad_id(encoder)
     rows = [text.row(ids, target, inputs, pad) for ids in tokens]
-    return SampleSet(
-        lambda: iter(rows), inputs, batch=request.batch, max_samples=request.max_samples, pad_id=pad
-    )
+    return SampleSet(lambda: iter(rows), inputs, max_samples=request.max_samples, pad_id=pad)
 
 
 def _token_input(inputs: Sequence[Input]) -> Input | None:
@@ -264,10 +234,11 @@ def _static_length(inputs: Sequence[Input]) -> int:
     return token.shape[1] if token is not None and isinstance(token.shape[1], int) else 1 << 30
 
 
-def _batch_size(inputs: Sequence[Input], wanted: int) -> int:
+def _batch_size(inputs: Sequence[Input]) -> int:
+    """The static batch, 1 where it is free."""
     static = {item.shape[0] for item in inputs if item.shape and isinstance(item.shape[0], int)}
     static -= {1} if len(static) > 1 else set()
-    return int(max(static)) if static else wanted
+    return int(max(static)) if static else 1
 
 
 def mask_input(inputs: Sequence[Input]) -> str | None:
@@ -278,13 +249,9 @@ def mask_input(inputs: Sequence[Input]) -> str | None:
     return next(iter(sorted(masks, key=lambda name: ("decoder" in name, name != "attention_mask"))), None)
 
 
-def _sequence_inputs(inputs: Sequence[Input], mask: str | None) -> tuple[str, ...]:
-    """Inputs with the mask's symbolic axis as their axis 1; none at all when it also appears elsewhere."""
-    axis: Mapping[str, object] = {item.name: item.shape[1] for item in inputs if len(item.shape) == 2}
-    symbol = axis.get(mask) if mask is not None else None
-    if not isinstance(symbol, str) or not symbol:
-        return ()
-    elsewhere = any(
-        symbol in (*i.shape[:1], *i.shape[2:]) or (len(i.shape) > 2 and symbol in i.shape) for i in inputs
-    )
-    return () if elsewhere else tuple(name for name, dim in axis.items() if dim == symbol)
+def _can_pad(inputs: Sequence[Input], mask: str | None) -> bool:
+    """Whether rows can be padded to one length: the mask's axis 1 is free, and no input has it elsewhere."""
+    symbol = next((item.shape[1] for item in inputs if item.name == mask), None)
+    if not isinstance(symbol, str):
+        return False
+    return not any(symbol in (i.shape if len(i.shape) > 2 else i.shape[:1]) for i in inputs)

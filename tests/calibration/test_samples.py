@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qcompile.calibration.samples import BUILT_IN_TEXT, Sample, SampleSet, load_samples
+from qcompile.calibration.samples import BUILT_IN_TEXT, SampleSet, load_samples
 from qcompile.errors import UserError
 
 VOCABULARY = 50
@@ -103,13 +101,19 @@ def test_a_folder_is_read_in_the_order_of_names_again_and_again(tmp_path: Path) 
     assert shapes(samples) == expected and shapes(samples) == expected and len(samples) == 5
 
 
-def test_rows_of_different_length_share_a_batch_with_a_mask(tmp_path: Path) -> None:
+def test_rows_of_different_length_share_a_static_batch_with_a_mask(tmp_path: Path) -> None:
     for index, length in enumerate((5, 3)):
         npz(tmp_path / f"{index}.npz", input_ids=np.full((1, length), 9))
-    (sample,) = load_samples(model(IDS, MASK), tmp_path, None, batch=2)
+    ids, mask, counts = (
+        ("input_ids", INT, [2, "sequence"]),
+        ("attention_mask", INT, [2, "sequence"]),
+        ("cache_position", INT, ["sequence"]),
+    )
+    (sample,) = load_samples(model(ids, mask), tmp_path, None)
     assert sample.mask is not None
     assert sample.mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
-    assert shapes(load_samples(model(IDS), tmp_path, None, batch=2)) == [(1, 5), (1, 3)]
+    assert "the model takes 2 at a time" in refusal(model(ids), tmp_path, None)  # no mask to say what is padding
+    assert "the model takes 2 at a time" in refusal(model(ids, mask, counts), tmp_path, None)
 
 
 def test_a_static_batch_is_filled(tmp_path: Path) -> None:
@@ -201,13 +205,6 @@ def test_language_models_take_windows(tmp_path: Path) -> None:
     assert flat.tolist() == [*range(4, 12), 1, *range(12, 18)]  # 1: the line's end is no word here
 
 
-@pytest.mark.parametrize(("windows", "count"), [(True, 4), (False, 2), (None, 2)])
-def test_windows_can_be_asked_for(windows: bool | None, count: int, tmp_path: Path) -> None:
-    path = text(tmp_path, "abcdefgh\nijklmnop\n")
-    samples = load_samples(model(IDS), path, tokenizer(tmp_path), max_length=4, windows=windows)
-    assert len(samples) == count
-
-
 def test_unk_is_spelled_out(tmp_path: Path) -> None:
     path = text(tmp_path, "<unk><unk><unk>\n")
     (sample,) = load_samples(model(IDS), path, tokenizer(tmp_path))
@@ -251,7 +248,6 @@ def test_a_static_sequence_is_padded_and_masked(tmp_path: Path) -> None:
     (sample,) = load_samples(static, text(tmp_path, "abcdefghi\n"), tokenizer(tmp_path))
     assert sample.feeds["attention_mask"].tolist() == [[1] * 9 + [0] * 3]
     assert sample.feeds["input_ids"].tolist() == [[*range(4, 13), 0, 0, 0]]
-    assert sample.trimmed() is sample
 
 
 # --------------------------------------------------------------------------- nothing given
@@ -267,8 +263,8 @@ def test_the_built_in_text_is_varied_and_warned_about(tmp_path: Path) -> None:
 
 def test_random_data_fits_the_inputs_and_is_the_same_every_time() -> None:
     ports = (("pixel_values", FLOAT, ["batch", 3, 8, 8]), ("flags", BOOL, ["batch"]))
-    first, second = (list(load_samples(model(*ports), None, None, batch=2)) for _ in range(2))
-    assert first[0].feeds["pixel_values"].shape == (2, 3, 8, 8) and first[0].mask is None
+    first, second = (list(load_samples(model(*ports), None, None)) for _ in range(2))
+    assert first[0].feeds["pixel_values"].shape == (1, 3, 8, 8) and first[0].mask is None
     np.testing.assert_array_equal(first[3].feeds["pixel_values"], second[3].feeds["pixel_values"])
 
 
@@ -322,45 +318,3 @@ def test_what_cannot_be_made_is_asked_for(tmp_path: Path) -> None:
     path = npz(tmp_path / "c.npz", input_ids=np.array([[7, 8, 9]]))
     words = refusal(model(IDS, port), path, None)
     assert "input 'speaker_embedding' (float32 [batch, 512]) is missing" in words
-
-
-# --------------------------------------------------------------------------- trimming
-
-
-def sample_of(mask: list[list[int]], *sequence_inputs: str) -> Sample:
-    ids = np.arange(len(mask[0]))[None].repeat(len(mask), 0)
-    feeds = {name: ids for name in sequence_inputs} | {"other": ids}
-    return Sample(feeds, np.array(mask, bool), sequence_inputs)
-
-
-def test_padding_on_the_right_goes() -> None:
-    trimmed = sample_of([[1, 1, 0, 0], [1, 0, 1, 0]], "input_ids").trimmed()
-    assert trimmed.feeds["input_ids"].tolist() == [[0, 1, 2]] * 2
-    assert trimmed.feeds["other"].shape == (2, 4)
-    assert trimmed.mask is not None and trimmed.mask.shape == (2, 3)
-
-
-def test_padding_on_the_left_goes_only_with_position_ids() -> None:
-    mask = [[0, 1, 1, 0], [0, 0, 1, 0]]
-    assert sample_of(mask, "input_ids").trimmed().feeds["input_ids"].tolist() == [[0, 1, 2]] * 2
-    trimmed = sample_of(mask, "input_ids", "position_ids").trimmed()
-    assert trimmed.feeds["input_ids"].tolist() == [[1, 2]] * 2
-
-
-def test_no_trimming_where_the_axis_appears_elsewhere(tmp_path: Path) -> None:
-    pairs = ("pair_bias", FLOAT, ["batch", "sequence", "sequence"])
-    arrays = {"input_ids": np.ones((1, 3), int), "attention_mask": np.array([[1, 1, 0]])}
-    path = npz(tmp_path / "c.npz", **arrays, pair_bias=np.zeros((1, 3, 3)))
-    (sample,) = load_samples(model(IDS, MASK, pairs), path, None)
-    assert sample.trimmed() is sample
-
-
-@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1)))
-def test_trimming_keeps_every_real_token_and_is_stable(mask: list[list[int]]) -> None:
-    sample = sample_of(mask, "input_ids", "position_ids")
-    trimmed = sample.trimmed()
-    assert trimmed.mask is not None and sample.mask is not None
-    assert trimmed.mask.sum() == sample.mask.sum()
-    assert trimmed.feeds["input_ids"][trimmed.mask].tolist() == sample.feeds["input_ids"][sample.mask].tolist()
-    again = trimmed.trimmed()
-    assert again.mask is not None and again.mask.tolist() == trimmed.mask.tolist()
