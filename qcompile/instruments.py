@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.calibration.samples import first_samples
 from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.graph.provenance import layer_name
 from qcompile.ledger import Entry, Proof
@@ -207,7 +207,7 @@ class Verify:
 
     def some(self, ctx: Context) -> Iterator[Any]:
         """The samples that the proofs are made on."""
-        return itertools.islice(iter(ctx.samples), self._samples)
+        return first_samples(ctx.samples, count=self._samples)
 
     def _run(self, model: ir.Model, ctx: Context, stem: str) -> list[dict[str, Path]]:
         names = [v.name for v in model.graph.outputs if v.name is not None]
@@ -277,7 +277,7 @@ class LayerErrors:
     def _fetch(self, model: ir.Model, ctx: Context, names: list[str], stem: str) -> dict[str, Path]:
         """Values of the first sample as files, fetched a few at a time so that they never fill the memory."""
         found: dict[str, Path] = {}
-        one = list(itertools.islice(iter(ctx.samples), 1))
+        one = list(first_samples(ctx.samples, count=1))
         for start in range(0, len(names), LAYERS_AT_A_TIME):
             some = names[start : start + LAYERS_AT_A_TIME]
             for _, arrays in ctx.runner.stream(model, one, some, label="layers"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest
 from qcompile.backends.base import Program, open_program
+from qcompile.calibration.samples import first_samples
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import PROOF_SAMPLES, Difference, interface, proof_of
@@ -84,7 +84,7 @@ def _interface(folder: Path, record: manifest.Manifest) -> Check:
 
 
 def _runs(program: Program, samples: Any) -> Check:
-    for number, sample in enumerate(_some(samples)):
+    for number, sample in enumerate(first_samples(samples, count=PROOF_SAMPLES)):
         first, second = program(sample.feeds), program(sample.feeds)
         for name, array in first.items():
             if array.dtype.kind == "f" and np.isnan(array).any():
@@ -116,7 +116,8 @@ def _outputs(
     names = [v.name for v in model.graph.outputs if v.name]
     worst: dict[str, Difference] = {name: Difference() for name in names}
     count = 0
-    for sample, before in OrtRunner(workspace).stream(model, _some(samples), names, label="original"):
+    some = first_samples(samples, count=PROOF_SAMPLES)
+    for sample, before in OrtRunner(workspace).stream(model, some, names, label="original"):
         after = program(sample.feeds)
         for name in names:
             worst[name].add(before[name], after[name], sample.mask)
@@ -133,7 +134,3 @@ def _kernels(folder: Path, record: manifest.Manifest) -> Check:
     low = sum(1 for k in now if k["low_bit"])
     known = sum(1 for k in record["kernels"] if k["low_bit"])
     return Check("kernels", low >= known, f"{low} of {len(now)} matmuls in low bits, when compiled {known}")
-
-
-def _some(samples: Any) -> Iterator[Any]:
-    return itertools.islice(iter(samples), PROOF_SAMPLES)

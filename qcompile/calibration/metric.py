@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.observers import sequences
+from qcompile.calibration.samples import Sample
 from qcompile.graph.sites import find_embeddings
 from qcompile.pipeline import Context
 
@@ -96,7 +97,7 @@ class Metric:
         if not earlier.any():
             return False
         changed = np.where(columns == last, (ids + 1) % max(vocabulary, 2), ids).astype(ids.dtype)
-        other = _Plain({**first.feeds, IDS: changed}, first.mask)
+        other = Sample({**first.feeds, IDS: changed}, first.mask)
         before, after = (
             values[self._output][earlier]
             for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
@@ -106,12 +107,6 @@ class Metric:
 
 def _worst(drop: float) -> float:
     return math.inf if math.isnan(drop) else drop
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-    feeds: dict[str, np.ndarray]
-    mask: np.ndarray | None
 
 
 def _nats(logits: np.ndarray, sample: Any) -> float:

@@ -6,8 +6,9 @@ One sample is one sequence (or one image, ...), or as many as the model's static
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -130,6 +131,19 @@ class _Request:
     max_samples: int
     limit: int
     seed: int
+
+
+def first_samples(samples: Iterable[Any], *, count: int | None = None, tokens: int | None = None) -> Iterator[Any]:
+    """Samples from the start until they are ``count``, or come to ``tokens`` tokens (padding included).
+
+    One at least, where there is one; a sample that exceeds ``tokens`` is not cut.
+    """
+    seen = 0
+    for number, sample in enumerate(samples, 1):
+        yield sample
+        seen += int(np.prod(next(iter(sample.feeds.values())).shape[:2]))
+        if number == count or (tokens is not None and seen >= tokens):
+            return
 
 
 def load_samples(

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.objective import Objective, Region, cut_region
 from qcompile.calibration.observers import ChannelRange, observe
+from qcompile.calibration.samples import first_samples
 from qcompile.graph.sites import Site, as_linear
 from qcompile.pipeline import Context
 
@@ -95,14 +96,7 @@ def _chunks(sites: Sequence[Site], tokens: int) -> Iterator[list[Site]]:
 
 
 def _first_tokens(ctx: Context, tokens: int) -> list[object]:
-    picked: list[object] = []
-    for sample in ctx.samples:
-        picked.append(sample)
-        first = next(iter(sample.feeds.values()))
-        tokens -= int(np.prod(first.shape[:2]))
-        if tokens <= 0:
-            break
-    return picked
+    return list(first_samples(ctx.samples, tokens=tokens))
 
 
 def _objective(

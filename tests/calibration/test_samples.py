@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.calibration.samples import BUILT_IN_TEXT, SampleSet, load_samples
+from qcompile.calibration.samples import BUILT_IN_TEXT, Sample, SampleSet, first_samples, load_samples
 from qcompile.errors import UserError
 
 VOCABULARY = 50
@@ -318,3 +318,16 @@ def test_what_cannot_be_made_is_asked_for(tmp_path: Path) -> None:
     path = npz(tmp_path / "c.npz", input_ids=np.array([[7, 8, 9]]))
     words = refusal(model(IDS, port), path, None)
     assert "input 'speaker_embedding' (float32 [batch, 512]) is missing" in words
+
+
+# --------------------------------------------------------------------------- a part of the samples
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "taken"),
+    [(2, None, 2), (None, 10, 2), (None, 11, 3), (1, 11, 1), (3, 1, 1), (9, None, 4), (None, None, 4)],
+)
+def test_the_first_samples_end_at_a_count_or_at_tokens(count: int | None, tokens: int | None, taken: int) -> None:
+    samples = [Sample({"input_ids": np.full((1, 5), number)}) for number in range(4)]
+    found = list(first_samples(samples, count=count, tokens=tokens))
+    assert [int(sample.feeds["input_ids"][0, 0]) for sample in found] == list(range(taken))
