@@ -67,7 +67,7 @@ def test_by_default_only_norms_are_used() -> None:
 def test_options_of_one_name_mean_the_same_in_every_transform() -> None:
     assert (OsPlus().kinds(), OsPlus().how()) == (["norm", "v_o", "up_down"], "auto")
     assert (OsPlus(norm=False, mode="fold").kinds(), OsPlus(mode="fold").how()) == (["v_o", "up_down"], "fold")
-    assert (SmoothQuant(v_o=True, mode="insert").kinds(), SmoothQuant(mode="insert").how()) == (["norm", "v_o"], "insert")
+    assert (SmoothQuant(v_o=True).kinds(), SmoothQuant(mode="insert").how()) == (["norm", "v_o"], "insert")
     assert (OutlierSuppression().kinds(), OutlierSuppression().how()) == (["norm"], "fold")  # has neither option
 
 
