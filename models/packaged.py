@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def minilm(
     cache_dir: str | os.PathLike[str] | None = None, *, opset: int = 21, attention: str = "sdpa"
 ) -> Path:
-    """The folder with ``model.onnx`` (all-MiniLM-L6-v2, 22.7M, BERT) and its tokenizer; 15 s the first time.
+    """The folder with ``model.onnx`` (all-MiniLM-L6-v2, 22.7M, BERT) and its tokenizer.
 
     Inputs input_ids, attention_mask (batch, sequence) int64; output last_hidden_state (batch, sequence, 384).
     A sentence vector is the mean over unmasked positions, divided by its L2 norm.
@@ -37,7 +37,7 @@ def minilm(
 def smollm2(
     cache_dir: str | os.PathLike[str] | None = None, *, opset: int = 21, attention: str = "sdpa"
 ) -> Path:
-    """The folder with ``model.onnx`` (SmolLM2-135M-Instruct, LLaMA) and its tokenizer; 4 min the first time.
+    """The folder with ``model.onnx`` (SmolLM2-135M-Instruct, LLaMA) and its tokenizer.
 
     Inputs input_ids, attention_mask (batch, sequence) int64; output logits (batch, sequence, 49152).
     The weights are a dequantised Q4_1 file: rounding them to 4 bits, group 32, asymmetric loses nothing.

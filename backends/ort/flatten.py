@@ -3,7 +3,7 @@
     x (B, S, C) -> norm, linear, activation, residual ...  ->  Reshape(x, [-1, C]) -> the same in rank 2
 A Reshape back stands only where another operator reads the tensor. Two reasons: quantising with one scale
 for each row needs rank 2, and ONNX Runtime turns a rank-3 residual Add + LayerNormalization into its
-SkipLayerNormalization, a scalar loop 4 to 8 times slower than the two alone.
+SkipLayerNormalization, a scalar loop that is slower than the two alone.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from qcompile.quant.schemes import WeightScheme
 
 SCALE_FLOOR = float(np.finfo(np.float32).tiny)
 MSE_SHRINKS = np.linspace(1.0, 0.4, 13)  # candidate clips, as a fraction of the min-max range
-CLIP_BELOW_BITS = 6  # measured on SmolLM2: at 6 bits the clip moves perplexity by less than 0.1 %, either way
+CLIP_BELOW_BITS = 6  # from 6 bits on, a clip cuts off about as much as it gains in rounding
 
 
 @dataclasses.dataclass(frozen=True)
