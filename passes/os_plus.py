@@ -32,8 +32,20 @@ POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds
 
 @dataclasses.dataclass(frozen=True)
 class OsPlus(Transform):
-    """Options: ``shift`` (auto: where it folds for free), kinds of sites, ``mode``, ``objective`` (auto: attention and
-    gate where there is one), search ``points``, ``refine`` and ``tokens``, ``t_min``, ``family`` of scales."""
+    """Options:
+
+    shift: centre every channel; auto: where that folds for free
+    norm: transform what norms feed
+    v_o: transform between values and the attention's output projection
+    up_down: transform between a feed-forward's up and down projections
+    mode: fold into producers, insert nodes, or auto: insert behind norms that cannot fold
+    objective: what the search measures: the linears alone, or auto: attention and gate where there is one
+    points: thresholds that the search tries
+    refine: thresholds that each finer round tries around the best one; 0: no finer rounds
+    tokens: tokens that the search looks at, about
+    t_min: no threshold is smaller
+    family: scales that the search tries: thresholds, or auto: also powers as SmoothQuant's
+    """
 
     name: ClassVar[str] = "os_plus"
     parameter: ClassVar[str] = "threshold"

@@ -26,7 +26,10 @@ from qcompile.pipeline import Context, check_range
 
 @dataclasses.dataclass(frozen=True)
 class OutlierSuppression(Transform):
-    """Options: ``floor``, as a share of the median gain: a channel with less keeps its own."""
+    """Options:
+
+    floor: a channel whose gain is less, as a share of the median gain, keeps it
+    """
 
     name: ClassVar[str] = "outlier_suppression"
     parameter: ClassVar[str] = "gain"

@@ -36,7 +36,12 @@ LAYER_SHARE, POSITION_SHARE = 0.25, 0.06  # an outlier feature's layers and posi
 
 @dataclasses.dataclass(frozen=True)
 class Outliers(Pass):
-    """Options: ``top`` channels and tokens to name, ``loss_samples`` to try quantisers on, LLM.int8's ``threshold``."""
+    """Options:
+
+    top: channels and tokens to name at each place
+    loss_samples: samples that quantisers are tried on
+    threshold: an activation of this size is an outlier (LLM.int8)
+    """
 
     name: ClassVar[str] = "outliers"
     preserves: ClassVar[Preserves] = "analysis"

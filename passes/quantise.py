@@ -34,8 +34,13 @@ from qcompile.recipe import Op, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Quantise(Pass):
-    """Options: ``alpha`` fixes the token quantile (none: chosen on the output of ``alpha_samples`` samples), ``energy``
-    weights the weight clip by the input's energy, ``gate_samples`` is how many samples the gate looks at."""
+    """Options:
+
+    alpha: quantile over tokens of each token's extremes, 0 to 1; none: chosen on the model's output
+    energy: weight the clip of narrow weights by the energy of their inputs
+    gate_samples: samples that --max-drop is measured on
+    alpha_samples: samples that alpha is chosen on
+    """
 
     name: ClassVar[str] = "quantise"
     preserves: ClassVar[Preserves] = "approximation"

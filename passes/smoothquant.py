@@ -29,8 +29,16 @@ ALPHAS = np.linspace(0.3, 0.9, 13)
 
 @dataclasses.dataclass(frozen=True)
 class SmoothQuant(Transform):
-    """Options: ``alpha`` for all sites, or ``search`` for the best of 0.3 .. 0.9 at each, on ``tokens`` tokens; the
-    kinds of sites to use; ``mode``: fold, insert, or auto (insert where a norm cannot fold)."""
+    """Options:
+
+    alpha: share of the difficulty that the weight takes, 0 to 1, at all sites
+    search: take the best of 0.3 .. 0.9 at each site instead
+    norm: transform what norms feed
+    v_o: transform between values and the attention's output projection
+    up_down: transform between a feed-forward's up and down projections
+    mode: fold into producers, insert nodes, or auto: insert behind norms that cannot fold
+    tokens: tokens that the search looks at, about
+    """
 
     name: ClassVar[str] = "smoothquant"
     parameter: ClassVar[str] = "alpha"

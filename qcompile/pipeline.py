@@ -232,7 +232,8 @@ def make_pass(name: str, options: dict[str, str]) -> Pass:
     """The pass called ``name``: a registered one, or ``path.py:function`` (onnx_ir or graph-surgeon)."""
     if ".py:" in name:
         if options:
-            raise UserError(f"'{name}' takes no options", hint="give options inside the function")
+            hint = "set them in the file, or register the pass as an entry point 'qcompile.passes', which takes options"
+            raise UserError(f"'{name}' takes no options, since it is named by its file", hint=hint)
         return _load_user_pass(name)
     table = known_passes()
     if name not in table:

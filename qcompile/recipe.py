@@ -43,8 +43,8 @@ class Rule(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    op: Op = "linear"
-    scope: str = "*"
+    op: Op = Field(default="linear", description="the kind of operator")
+    scope: str = Field(default="*", description="which of them: a glob on the names in your model")
     weights: WeightScheme | None = None
     activations: ActivationScheme | None = None
 

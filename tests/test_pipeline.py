@@ -268,9 +268,11 @@ def test_a_file_that_does_not_serve_is_the_users_error(mine: Path, tmp_path: Pat
         make_pass(name.format(**paths), {})
 
 
-def test_a_function_takes_no_options(mine: Path) -> None:
-    with pytest.raises(UserError, match="takes no options"):
-        make_pass(f"{mine}:in_place", {"x": "1"})
+@pytest.mark.parametrize("function", ("in_place", "AsPass"))
+def test_a_pass_named_by_its_file_takes_no_options(mine: Path, function: str) -> None:
+    with pytest.raises(UserError, match=f"mine.py:{function}' takes no options") as caught:
+        make_pass(f"{mine}:{function}", {"x": "1"})
+    assert "entry point" in caught.value.hint
 
 
 def test_a_users_file_runs_in_the_pipeline_and_its_difference_is_recorded(

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import dataclasses
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from qcompile.commands.text import columns
+from qcompile.commands.text import columns, indented
+
+_MEANING = re.compile(r"^(\w+): (.+)$", re.MULTILINE)
+_KINDS = {bool: "true, false", int: "whole number", float: "number", str: "text", types.NoneType: "none"}
 
 
-@click.command("passes", short_help="list the passes")
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: its name with the default as the command line writes them, the values it takes, what it is for."""
+
+    spelled: str
+    values: str
+    meaning: str
+
+
+@click.command("passes", short_help="list the passes and their options")
 def passes() -> None:
-    """List the passes that --passes knows, those of installed packages included."""
+    """List the passes that --passes knows, those of installed packages included, and what each option is for.
+
+    Write --passes name{option=value option=value},other. A pass that is only a file, PATH.py:FUNCTION, takes none.
+    """
     from qcompile.pipeline import known_passes
 
-    rows = [(name, _first_line(address)) for name, address in known_passes().items()]
-    click.echo(columns(rows))
+    for name, address in known_passes().items():
+        title, options = _described(address)
+        click.echo(f"{name}  {title}")
+        indented([(o.spelled, o.values, o.meaning) for o in options])
 
 
 @click.command("targets", short_help="list the targets")
@@ -27,23 +50,69 @@ def targets() -> None:
     click.echo(columns([(name, by_name(name).target.description) for name in TARGETS]))
 
 
-@click.command("recipes", short_help="list the recipes")
+@click.command("recipes", short_help="list the recipes, and what a .toml file may say")
 def recipes() -> None:
-    """List the recipes that --recipe knows by name; a .toml file is the other way to give one."""
+    """List the recipes that --recipe knows by name, and the keys of a .toml file, the other way to give one."""
+    from qcompile.quant.schemes import OBSERVERS
     from qcompile.recipe import RECIPES
 
     click.echo(columns(list(RECIPES.items())))
+    click.echo("any wXaY, wXaY_static or wXa16_gN with 2 to 8 bits")
+    click.echo('\nA .toml file has base = "NAME" and [[rule]] tables; the last rule that matches a place decides.')
+    indented([(o.spelled, o.values, o.meaning) for o in rule_keys()])
+    click.echo("\nObservers find static ranges.")
+    indented(list(OBSERVERS.items()))
 
 
-def _first_line(address: str) -> str:
-    """The first line of a module's docstring, read from its source so that nothing is imported."""
-    import ast
+def pass_options(cls: Any) -> list[Option]:
+    """The options of a pass: its fields, with the lines ``name: meaning`` of its class's docstring."""
+    if not dataclasses.is_dataclass(cls):
+        return []
+    hints, meanings = typing.get_type_hints(cls), dict(_MEANING.findall(inspect.cleandoc(cls.__doc__ or "")))
+    return [
+        Option(f"{f.name}={_spelled(f.default)}", _values(hints[f.name]), meanings.get(f.name, ""))
+        for f in dataclasses.fields(cls)
+    ]
 
+
+def rule_keys() -> list[Option]:
+    """The keys of a ``[[rule]]`` table, those of its inner tables with a dot."""
+    from qcompile.quant.schemes import ActivationScheme, WeightScheme
+    from qcompile.recipe import Rule
+
+    inner = {"weights": WeightScheme, "activations": ActivationScheme}
+    return [*_keys(Rule, "", inner), *(key for name, model in inner.items() for key in _keys(model, f"{name}.", {}))]
+
+
+def _keys(model: Any, prefix: str, left_out: dict[str, Any]) -> Iterator[Option]:
+    for name, field in model.model_fields.items():
+        if name not in left_out:
+            is_open = field.is_required() or field.default is None  # TOML has no null: such a key is left out
+            default = "" if is_open else f" = {_spelled(field.default, quoted=True)}"
+            values = _values(field.annotation).removesuffix(", none")
+            yield Option(f"{prefix}{name}{default}", values, field.description or "")
+
+
+def _described(address: str) -> tuple[str, list[Option]]:
+    """The first line of a pass's file, and its options; a package that does not load is said to be so."""
+    module_name, _, attribute = address.partition(":")
     try:
-        found = importlib.util.find_spec(address.partition(":")[0])
-    except ModuleNotFoundError:
-        found = None
-    if found is None or found.origin is None:
-        return "(not importable)"
-    doc = ast.get_docstring(ast.parse(Path(found.origin).read_text(encoding="utf-8"))) or ""
-    return doc.partition("\n")[0].rstrip(".")
+        module = importlib.import_module(module_name)
+        found = getattr(module, attribute)
+    except Exception as error:  # whatever an installed package raises
+        return f"(cannot be loaded: {type(error).__name__}: {error})", []
+    return (module.__doc__ or "").partition("\n")[0].rstrip("."), pass_options(found)
+
+
+def _spelled(value: Any, quoted: bool = False) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if quoted and isinstance(value, str) else str(value)
+
+
+def _values(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return ", ".join(map(_values, typing.get_args(kind)))
+    return _KINDS.get(kind, str(kind))

@@ -45,5 +45,10 @@ def show(title: str, rows: Sequence[Sequence[Any]], heads: Sequence[str] | None 
     if not rows:
         return
     click.echo(f"\n{title}")
+    indented(rows, heads)
+
+
+def indented(rows: Sequence[Sequence[Any]], heads: Sequence[str] | None = None) -> None:
+    """Print a table, each line indented by two."""
     for line in columns(rows, heads).splitlines():
         click.echo(f"  {line}")

@@ -27,11 +27,15 @@ class WeightScheme(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    bits: int = Field(ge=2, le=8)
-    granularity: Literal["per_tensor", "per_channel", "group"] = "per_channel"
-    group_size: int | None = Field(default=None, ge=SMALLEST_GROUP)
-    symmetric: bool = True
-    clip: Literal["minmax", "mse"] = "mse"
+    bits: int = Field(ge=2, le=8, description="2 to 8")
+    granularity: Literal["per_tensor", "per_channel", "group"] = Field(
+        default="per_channel", description="what has one scale"
+    )
+    group_size: int | None = Field(default=None, ge=SMALLEST_GROUP, description="inputs in a group")
+    symmetric: bool = Field(default=True, description="no zero points")
+    clip: Literal["minmax", "mse"] = Field(
+        default="mse", description="the range, or the clip with the least squared error"
+    )
 
     @model_validator(mode="after")
     def _group(self) -> WeightScheme:
@@ -54,12 +58,16 @@ class ActivationScheme(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    bits: int = Field(ge=2, le=8)
-    granularity: Literal["per_tensor", "channel_group", "per_token"] = "per_tensor"
-    symmetric: bool = False
-    observer: Observer = "token_wise"
-    groups: int = Field(default=6, ge=1)
-    outlier_threshold: float | None = Field(default=None, gt=0)
+    bits: int = Field(ge=2, le=8, description="2 to 8")
+    granularity: Literal["per_tensor", "channel_group", "per_token"] = Field(
+        default="per_tensor", description="what has one scale; per_token finds it at run time"
+    )
+    symmetric: bool = Field(default=False, description="zero in the middle of the range")
+    observer: Observer = Field(default="token_wise", description="how a static range is found")
+    groups: int = Field(default=6, ge=1, description="channel groups")
+    outlier_threshold: float | None = Field(
+        default=None, gt=0, description="channels that reach it stay float (LLM.int8)"
+    )
 
     @property
     def dynamic(self) -> bool:

@@ -5,9 +5,7 @@ A part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; whate
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
 import os
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import all_results, table
+from qcompile.commands.tables import pass_options
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -31,7 +30,8 @@ def passes() -> str:
 
 def _pass_row(name: str, address: str) -> tuple[str, str, str, str]:
     contract, cls = _documented(address)
-    return f"`{name}`", contract.partition("\n")[0], cls.preserves, ", ".join(_options(cls))
+    options = ", ".join(f"`{option.spelled}`" for option in pass_options(cls))
+    return f"`{name}`", contract.partition("\n")[0], cls.preserves, options
 
 
 def _documented(address: str) -> tuple[str, Any]:
@@ -41,12 +41,8 @@ def _documented(address: str) -> tuple[str, Any]:
     return module.__doc__ or "", getattr(module, attribute)
 
 
-def _options(cls: Any) -> list[str]:
-    return [f"`{field.name}={field.default}`" for field in dataclasses.fields(cls)]
-
-
 def passes_page() -> str:
-    """docs/passes.md: one heading a pass, its contract as its file states it, its options with their defaults."""
+    """docs/passes.md: one heading a pass, its contract as its file states it, and its options."""
     from qcompile.pipeline import PASSES
 
     lead = "Each pass's contract, from its file. What it does to the outputs is measured whenever it runs."
@@ -55,8 +51,9 @@ def passes_page() -> str:
         contract, cls = _documented(address)
         first, _, rest = contract.partition("\n")
         parts.append(f"## {name}\n\n{first}\n\n```text\n{rest.strip()}\n```")
-        if _options(cls):
-            parts.append(f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{', '.join(_options(cls))}")
+        rows = [(f"`{option.spelled}`", option.values, option.meaning) for option in pass_options(cls)]
+        if rows:
+            parts.append(table(("option", "values", "what for"), rows))
     return "\n\n".join(parts) + "\n"
 
 

@@ -16,6 +16,7 @@ import pytest
 from onnx import helper
 
 from qcompile import cli, pipeline
+from qcompile.commands import tables
 from tests.surface.plain import feeds
 from tests.surface.record import record
 
@@ -207,6 +208,37 @@ def test_help_and_tables_need_no_runtime() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines()[-1].split() == ["heavy:"]
     assert "--max-drop X" in shown.stdout and "os_plus" in shown.stdout and "w8a8_static" in shown.stdout
+
+
+@pytest.mark.parametrize("name", pipeline.PASSES)
+def test_every_option_of_every_pass_says_what_it_is_for(name: str) -> None:
+    options = tables.pass_options(type(pipeline.make_pass(name, {})))
+    assert [o.spelled for o in options if not o.meaning or not o.values] == []
+    for option in options:  # what is listed as the default can be typed
+        key, _, text = option.spelled.partition("=")
+        assert pipeline.make_pass(name, {key: text}).spec == name
+
+
+def test_passes_lists_options_with_defaults_values_and_meanings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pipeline.PASSES, "theirs", "no_such_package.passes:Theirs")
+    assert cli.main(["passes"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "search=false true, false take the best of 0.3 .. 0.9 at each site instead" in lines
+    assert any(line.startswith("mode=auto fold, insert, auto fold into producers") for line in lines)
+    assert "norm=true true, false transform what norms feed" in lines
+    assert any(line.startswith("alpha=none number, none quantile") for line in lines)
+    assert any(line.startswith("theirs (cannot be loaded: ModuleNotFoundError") for line in lines)
+
+
+def test_recipes_lists_the_keys_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert 'op = "linear" linear, head, embedding, attention the kind of operator' in lines
+    assert "weights.group_size whole number inputs in a group" in lines
+    assert "minmax smallest and largest value seen" in lines
+    assert all(key.meaning and key.values for key in tables.rule_keys())
 
 
 def test_analyze_prints_a_row_for_each_site_or_json(
