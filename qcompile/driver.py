@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,8 +116,7 @@ def compile(
     pipeline = expand(passes, settings, backend)
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
-    if max_drop is not None and not max_drop >= 0:  # NaN is neither
-        raise UserError(f"max_drop is {max_drop}, but must be 0 or more", hint="0.01 allows one hundredth")
+    _check_max_drop(max_drop, settings)
     if output is not None:
         check_destination(Path(output), force, (model, calibration, tokenizer))
     workspace = Workspace()
@@ -136,6 +136,20 @@ def compile(
     except BaseException:
         workspace.close()
         raise
+
+
+def _check_max_drop(max_drop: float | None, recipe: Recipe) -> None:
+    """Refuse what is no bound; say so, before minutes of search, where a bound is hardly one that was meant."""
+    if max_drop is None:
+        return
+    if not 0 <= max_drop < math.inf:  # NaN is neither
+        hint = "0.01 allows one hundredth; without it nothing is gated"
+        raise UserError(f"max_drop is {max_drop}, but must be a number from 0 up", hint=hint)
+    if max_drop == 0 and recipe.rules:
+        warn("--max-drop 0 allows no loss at all, and rounded weights alone nearly always lose some")
+    if max_drop >= 1:
+        what = "a perplexity twice as high, or outputs that have nothing in common"
+        warn(f"--max-drop {max_drop:g} allows {what}; 0.01 allows one hundredth")
 
 
 def _inputs(taken: Taken, calibration: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:

@@ -144,9 +144,21 @@ def test_a_destination_below_a_file_is_refused_before_the_work(model: Path) -> N
         compile_float(model, output=model / "below")
 
 
-def test_a_drop_that_is_no_number_is_refused(model: Path) -> None:
-    with pytest.raises(UserError, match="max_drop is nan"):
-        compile_float(model, max_drop=float("nan"))
+@pytest.mark.parametrize("drop", [float("nan"), float("inf"), -0.1])
+def test_a_drop_that_is_no_bound_is_refused(model: Path, drop: float) -> None:
+    with pytest.raises(UserError, match=f"max_drop is {drop}, but must be a number from 0 up") as caught:
+        compile_float(model, max_drop=drop)
+    assert "0.01" in caught.value.hint
+
+
+@pytest.mark.parametrize(("drop", "words"), [(0, "no loss at all"), (1, "twice as high"), (0.5, "")])
+def test_a_drop_that_is_hardly_meant_is_told_before_the_work(
+    model: Path, capsys: pytest.CaptureFixture[str], drop: float, words: str
+) -> None:
+    with pytest.raises(UserError, match="the calibration list is empty"):
+        compile_float(model, recipe="w8a8_static", max_drop=drop, calibration=[])
+    told = [line for line in capsys.readouterr().err.splitlines() if "--max-drop" in line]
+    assert len(told) == bool(words) and all(words in line for line in told)
 
 
 def test_a_full_disk_is_the_users_error_and_leaves_nothing(
