@@ -6,8 +6,8 @@
 Accuracy level 1 multiplies floats. Level 4 is faster but quantises x as well, which no weight-only recipe
 asks for: where x has outliers it was seen to change outputs by more than 4-bit weights do. At 8 bits level 1
 is slower than float, for it expands the codes at every product: so ONNX Runtime expands them once, when the
-program is loaded. Codes of 2 and 3 bits take 4. Blocks along K are powers of two from 16: one scale for a column, or for a
-longer group, is repeated for each block; K is padded to whole blocks with codes of zero.
+program is loaded. Codes of 2 and 3 bits take 4. Blocks along K are powers of two from 16: one scale for a
+column, or for a longer group, is repeated for each block; K is padded to whole blocks with codes of zero.
 """
 
 from __future__ import annotations
