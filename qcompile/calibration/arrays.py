@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -28,36 +29,51 @@ def reader(path: Path, inputs: Sequence[Input]) -> Callable[[], Iterator[Arrays]
     return rows
 
 
-def check_feeds(feeds: Arrays, inputs: Mapping[str, Input]) -> None:
-    """Types and shapes as the model's, token ids inside their tables, axes of one name equally long."""
+def check_feeds(feeds: Arrays, inputs: Mapping[str, Input], where: str, longest: int) -> None:
+    """Types and shapes as the model's, token ids inside their tables, axes of one name equally long.
+
+    where: what the error calls the sample; longest: tokens that the model has positions for
+    """
     sizes: dict[str, tuple[int, str]] = {}
     for name, array in feeds.items():
-        item = inputs[name]
+        item = _known(name, inputs, where)
         if not _shape_fits(array.shape, item.shape) or array.dtype != item.dtype:
-            raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}")
-        _check_vocabulary(item, array)
+            raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}", where=where)
+        _check_size(item, array, where, longest)
+        _check_vocabulary(item, array, where)
         for axis, (size, symbol) in enumerate(zip(array.shape, item.shape, strict=True)):
             if isinstance(symbol, str) and symbol.isidentifier():
                 known, other = sizes.setdefault(symbol, (size, name))
                 if known != size:
-                    raise UserError(
-                        f"axis {axis} of '{name}' has length {size}, but '{symbol}' of '{other}' has {known}"
-                    )
+                    what = f"axis {axis} of '{name}' has length {size}, but '{symbol}' of '{other}' has {known}"
+                    raise UserError(what, where=where)
 
 
-def _check_vocabulary(item: Input, array: np.ndarray) -> None:
+def _check_size(item: Input, array: np.ndarray, where: str, longest: int) -> None:
+    if array.size == 0 and not item.is_cache:
+        raise UserError(f"'{item.name}' is empty: {_found(array)}", where=where, hint="leave this sample out")
+    if item.is_discrete and array.ndim == 2 and array.shape[1] > longest:
+        raise UserError(
+            f"'{item.name}' has {array.shape[1]} tokens, but the model's position table allows {longest}",
+            where=where,
+            hint=f"cut the sample to {longest} tokens",
+        )
+
+
+def _check_vocabulary(item: Input, array: np.ndarray, where: str) -> None:
     if item.vocabulary and item.is_integer and array.size:
         low, high = int(array.min()), int(array.max())
         if high >= item.vocabulary or low < -item.vocabulary:
             raise UserError(
                 f"'{item.name}' holds the id {high if high >= item.vocabulary else low}, "
                 f"but the model's table has {item.vocabulary} rows",
+                where=where,
                 hint="is the tokenizer the model's own?",
             )
 
 
 def _rows_of(file: Path, inputs: Mapping[str, Input]) -> Iterator[Arrays]:
-    arrays = {name: _fitted(array, _known(name, inputs, file), file) for name, array in _read(file).items()}
+    arrays = {name: _fitted(array, _known(name, inputs, str(file)), file) for name, array in _read(file).items()}
     counts = {name: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -68,36 +84,39 @@ def _rows_of(file: Path, inputs: Mapping[str, Input]) -> Iterator[Arrays]:
 
 
 def _read(file: Path) -> Arrays:
+    hint = "write it with numpy.savez(path, input_ids=...)"
     try:
+        if not zipfile.is_zipfile(file):  # numpy would take it for a pickle
+            what = "not an .npz: the file is no zip archive"
+            raise UserError(what, where=str(file), hint=f"name text .txt or .jsonl; else {hint}")
         with np.load(file, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError("a single array without names")
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(
-            f"not a readable .npz: {error}",
-            where=str(file),
-            hint="write it with numpy.savez(path, input_ids=...)",
-        ) from error
+            return {name: _array(name, archive[name]) for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"not a readable .npz: {error}", where=str(file), hint=hint) from error
 
 
-def _known(name: str, inputs: Mapping[str, Input], file: Path) -> Input:
+def _array(name: str, member: np.ndarray | bytes) -> np.ndarray:
+    if isinstance(member, bytes):  # what numpy makes of a file that is no .npy
+        raise ValueError(f"'{name}' in it is no array")
+    return member
+
+
+def _known(name: str, inputs: Mapping[str, Input], where: str) -> Input:
     if name not in inputs:
         error = unknown_name("calibration key", name, inputs)
-        raise UserError(error.message, where=str(file), hint=error.hint)
+        raise UserError(error.message, where=where, hint=error.hint)
     return inputs[name]
 
 
-def _fitted(given: np.ndarray, item: Input, file: Path) -> np.ndarray:
-    """``given`` as [samples, ...] in the input's type."""
-    array, rank = given, len(item.shape)
-    if array.ndim == rank + 1:  # samples of batches
-        array = array.reshape(-1, *array.shape[2:])
-    elif array.ndim == rank - 1:  # one sample without its batch axis
-        array = array[None]
-    row_fits = _shape_fits(array.shape[1:], item.shape[1:]) and array.ndim == rank
-    if not row_fits or not np.can_cast(array.dtype, item.dtype, "same_kind"):
-        raise UserError(f"'{item.name}' is {_found(given)}, but the model takes {item}", where=str(file))
+def _fitted(array: np.ndarray, item: Input, file: Path) -> np.ndarray:
+    """``array``, which is [samples, ...], in the input's type."""
+    what = f"'{item.name}' is {_found(array)}, but the model takes {item}"
+    if array.ndim != len(item.shape):
+        expected = ", ".join(("samples", *(str(size) for size in item.shape[1:])))
+        what += f": rank {array.ndim}, not {len(item.shape)}"
+        raise UserError(what, where=str(file), hint=f"the first axis counts samples: give [{expected}]")
+    if not _shape_fits(array.shape[1:], item.shape[1:]) or not np.can_cast(array.dtype, item.dtype, "same_kind"):
+        raise UserError(what, where=str(file))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"'{item.name}' holds {_first_bad(array)}", where=str(file))
     return array.astype(item.dtype, copy=False)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.arrays import check_feeds
-from qcompile.calibration.inputs import complete, model_inputs
+from qcompile.calibration.inputs import complete, longest_sequence, model_inputs
 from qcompile.calibration.samples import Sample, mask_input
 from qcompile.errors import UserError
 
@@ -20,6 +20,7 @@ class GivenSamples:
     def __init__(self, given: Iterable[Mapping[str, np.ndarray]], model: ir.Model) -> None:
         inputs = model_inputs(model)
         by_name, masked = {item.name: item for item in inputs}, mask_input(inputs)
+        longest = longest_sequence(model, inputs)
         self._samples = []
         for index, feeds in enumerate(given):
             if not isinstance(feeds, Mapping):
@@ -27,8 +28,10 @@ class GivenSamples:
                     f"calibration sample {index} is a {type(feeds).__name__}",
                     hint="give a path, or a list of {input name: array}",
                 )
-            done = complete({name: np.asarray(array) for name, array in feeds.items()}, inputs)
-            check_feeds(done, by_name)
+            where, arrays = f"calibration sample {index}", {k: np.asarray(v) for k, v in feeds.items()}
+            check_feeds(arrays, by_name, where, longest)  # what is made below follows them
+            done = complete(arrays, inputs)
+            check_feeds(done, by_name, where, longest)
             mask = done[masked].astype(bool) if masked is not None else None
             self._samples.append(Sample(done, mask))
         if not self._samples:

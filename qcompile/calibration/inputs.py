@@ -38,6 +38,11 @@ class Input:
     def is_discrete(self) -> bool:
         return self.dtype.kind in "iub"
 
+    @property
+    def is_cache(self) -> bool:
+        """Keys and values of tokens past, of which there may be none."""
+        return "past" in self.name or ("cache" in self.name and self.dtype.kind == "f")
+
     def __str__(self) -> str:
         return f"{self.dtype.name} [{', '.join(str(size) for size in self.shape)}]"
 
@@ -47,21 +52,29 @@ def model_inputs(model: ir.Model) -> list[Input]:
     return [_input(value) for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
-def position_limit(model: ir.Model) -> int:
-    """The longest sequence that the learned position table allows; very large when there is none.
+def position_limits(model: ir.Model) -> tuple[int, int]:
+    """The longest sequences that the smallest and the largest learned position table allow.
 
+    Very large when there is none. Positions that are constant, as those of an image's patches, limit nothing.
     OPT and RoBERTa keep two extra rows in front, which shows in a size such as 514 or 2050.
     """
-    limit = UNLIMITED
+    limits = []
     for node in model.graph:
-        table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
+        table = node.inputs[0] if node.op_type == "Gather" else None
         if table is None or table.const_value is None or len(table.const_value.shape) != 2:
             continue
-        name = original_name(table).lower()
-        if ("position" in name and "relative" not in name) or "wpe" in name.split("."):
+        name, index = original_name(table).lower(), node.inputs[1]
+        is_constant = index is not None and index.const_value is not None
+        if (("position" in name and "relative" not in name) or "wpe" in name.split(".")) and not is_constant:
             rows = int(table.const_value.shape.numpy()[0])
-            limit = min(limit, rows - 2 if rows % 8 == 2 else rows)
-    return limit
+            limits.append(rows - 2 if rows % 64 == 2 else rows)
+    return min(limits, default=UNLIMITED), max(limits, default=UNLIMITED)
+
+
+def longest_sequence(model: ir.Model, inputs: Sequence[Input]) -> int:
+    """Tokens from which on a sample cannot run; of an encoder and a decoder, those of the larger table."""
+    smallest, largest = position_limits(model)
+    return largest if any("decoder" in item.name for item in inputs) else smallest
 
 
 def complete(feeds: Arrays, inputs: Sequence[Input]) -> Arrays:
@@ -138,7 +151,7 @@ def _can_be_made(item: Input) -> bool:
 
 def _made(item: Input, feeds: Arrays) -> np.ndarray:
     batch = next((len(array) for array in feeds.values() if array.ndim), 1)
-    if "past" in item.name or ("cache" in item.name and item.dtype.kind == "f"):
+    if item.is_cache:
         return np.zeros(_cache_shape(item, batch), item.dtype)
     if "use_cache" in item.name:
         return np.zeros([size if isinstance(size, int) else 1 for size in item.shape], item.dtype)

@@ -6,6 +6,7 @@ One sample is one sequence (or one image, ...), or as many as the model's static
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration import arrays, text
-from qcompile.calibration.inputs import Input, complete, model_inputs, position_limit, random_rows
+from qcompile.calibration.inputs import (
+    UNLIMITED,
+    Input,
+    complete,
+    longest_sequence,
+    model_inputs,
+    position_limits,
+    random_rows,
+)
 from qcompile.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -37,6 +46,7 @@ class Sample:
 class SampleSet:
     """Samples that can be iterated any number of times; files are read again each time, one at a time.
 
+    longest: tokens that the model has positions for
     warnings_: what the user should know about where the samples come from; is_random: they are made up.
     """
 
@@ -45,6 +55,7 @@ class SampleSet:
         rows: Callable[[], Iterator[Arrays]],
         inputs: Sequence[Input],
         *,
+        longest: int = UNLIMITED,
         max_samples: int = 128,
         pad_id: int = 0,
         warnings_: Sequence[str] = (),
@@ -54,6 +65,7 @@ class SampleSet:
         self.warnings_ = list(warnings_)
         self.is_random = is_random
         self._rows = rows
+        self._longest = longest
         self._max_samples = max_samples
         self._pad_id = pad_id
         self._batch = _batch_size(inputs)
@@ -61,29 +73,26 @@ class SampleSet:
         self._can_pad = _can_pad(inputs, self._mask_input)
         self._length = sum(1 for _ in self)  # reads and checks everything once
         if self._length == 0:
-            wanted = (
-                f"the model takes {self._batch} at a time"
-                if self._has_static_batch()
-                else "at least one is needed"
-            )
+            wanted = f"the model takes {self._batch} at a time" if self._batch > 1 else "at least one is needed"
             raise UserError(f"the calibration data holds no complete sample; {wanted}")
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Sample]:
+        for number, rows in enumerate(self._batches()):
+            yield self._sample(rows, number)
+
+    def _batches(self) -> Iterator[list[Arrays]]:
+        """The rows of each sample; those that fill no batch are left out."""
         held: list[Arrays] = []
-        for index, row in enumerate(self._rows()):
-            if index >= self._max_samples:
-                break
+        for row in itertools.islice(self._rows(), self._max_samples):
             if held and not self._fits(held[0], row):
-                yield from self._flush(held)
                 held = []
             held.append(row)
             if len(held) == self._batch:
-                yield from self._flush(held)
+                yield held
                 held = []
-        yield from self._flush(held)
 
     def _fits(self, first: Arrays, row: Arrays) -> bool:
         """Rows of different lengths share a batch only when a mask can say which tokens are padding."""
@@ -91,17 +100,11 @@ class SampleSet:
             return False
         return all(first[n].shape == a.shape or (self._can_pad and a.ndim == 1) for n, a in row.items())
 
-    def _flush(self, rows: list[Arrays]) -> Iterator[Sample]:
-        if not rows or (len(rows) < self._batch and self._has_static_batch()):
-            return
-        feeds = self._stacked(rows)
-        feeds = complete(feeds, list(self.inputs.values()))
-        arrays.check_feeds(feeds, self.inputs)
+    def _sample(self, rows: list[Arrays], number: int) -> Sample:
+        feeds = complete(self._stacked(rows), list(self.inputs.values()))
+        arrays.check_feeds(feeds, self.inputs, f"calibration sample {number}", self._longest)
         mask = feeds[self._mask_input].astype(bool) if self._mask_input is not None else None
-        yield Sample(feeds, mask)
-
-    def _has_static_batch(self) -> bool:
-        return any(item.shape and isinstance(item.shape[0], int) for item in self.inputs.values())
+        return Sample(feeds, mask)
 
     def _stacked(self, rows: list[Arrays]) -> Arrays:
         """One batch: rows padded on the right to the longest, with mask 0 there."""
@@ -165,7 +168,7 @@ def load_samples(
     Everything is read and checked once here. Raises UserError naming the key, the expected and the found.
     """
     inputs = model_inputs(model)
-    limit = min(max_length, position_limit(model), _static_length(inputs))
+    limit = min(max_length, position_limits(model)[0], _static_length(inputs))
     request = _Request(max_samples, limit, seed)
     if calib is None:
         return _default_samples(model, inputs, tokenizer, request)
@@ -173,7 +176,8 @@ def load_samples(
         hint = "give an .npz, a folder of .npz, a .txt or a .jsonl"
         raise UserError(f"no such calibration file or folder: {calib}", hint=hint)
     if calib.is_dir() or calib.suffix == ".npz":
-        return SampleSet(arrays.reader(calib, inputs), inputs, max_samples=max_samples)
+        longest = longest_sequence(model, inputs)
+        return SampleSet(arrays.reader(calib, inputs), inputs, longest=longest, max_samples=max_samples)
     if calib.suffix not in TEXT_SUFFIXES:
         raise UserError(
             f"cannot read calibration data of type '{calib.suffix}'",

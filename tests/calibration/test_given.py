@@ -39,6 +39,23 @@ def test_an_empty_list_and_a_list_of_arrays_are_refused() -> None:
         GivenSamples([np.ones(3)], masked_model("mask"))  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((3,), r"'x' is float32 \[3\], but the model takes"), ((1, 0), "'x' is empty"), ((0, 3), "'x' is empty")],
+)
+def test_a_sample_that_cannot_run_is_named(shape: tuple[int, ...], words: str) -> None:
+    good: dict[str, np.ndarray] = {"x": np.ones((1, 3), np.float32), "mask": np.ones((1, 3), np.int64)}
+    with pytest.raises(UserError, match=words) as caught:
+        GivenSamples([good, {"x": np.ones(shape, np.float32)}], masked_model("mask"))
+    assert caught.value.where == "calibration sample 1"
+
+
+def test_a_misspelt_name_is_refused() -> None:
+    misspelt: dict[str, np.ndarray] = {"x": np.ones((1, 3), np.float32), "maks": np.ones((1, 3), np.int64)}
+    with pytest.raises(UserError, match="unknown calibration key 'maks'"):
+        GivenSamples([misspelt], masked_model("mask"))
+
+
 def test_the_digest_tells_samples_apart() -> None:
     def digest(number: float) -> str:
         feeds: dict[str, np.ndarray] = {"x": np.full((1, 2), number, np.float32), "mask": np.ones((1, 2), np.int64)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,47 @@ def test_npz_rows_become_samples_in_the_models_types(tmp_path: Path) -> None:
     assert samples.warnings_ == []
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4), (2, 3, 4)])
-def test_already_batched_arrays_are_split(shape: tuple[int, ...], tmp_path: Path) -> None:
-    path = npz(tmp_path / "c.npz", input_ids=np.ones(shape, np.int64))
-    assert shapes(load_samples(model(IDS), path, None)) == [(1, 4)] * 6
+@pytest.mark.parametrize("shape", [(8, 12, 1), (3, 2, 4), (12,), ()])
+def test_an_array_of_another_rank_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    words = refusal(model(IDS, MASK), npz(tmp_path / "c.npz", input_ids=np.ones(shape, np.int64)), None)
+    assert f"'input_ids' is int64 {list(shape)}, but the model takes int64 [batch, sequence]" in words
+    assert f"rank {len(shape)}, not 2" in words and "c.npz" in words
+    assert "the first axis counts samples: give [samples, sequence]" in words
 
 
-def test_one_sample_without_batch_axis(tmp_path: Path) -> None:
-    path = npz(tmp_path / "c.npz", input_ids=np.ones(7, np.int64))
-    assert shapes(load_samples(model(IDS), path, None)) == [(1, 7)]
+def test_a_sample_without_tokens_is_refused(tmp_path: Path) -> None:
+    npz(tmp_path / "0.npz", input_ids=np.ones((3, 4), np.int64))
+    npz(tmp_path / "1.npz", input_ids=np.ones((1, 0), np.int64))
+    words = refusal(model(IDS, MASK), tmp_path, None)
+    assert "'input_ids' is empty: int64 [1, 0]" in words and "calibration sample 3" in words
+
+
+@pytest.mark.parametrize(("rows", "longest"), [(16, 16), (66, 64)])
+def test_a_sample_longer_than_the_position_table_is_refused(rows: int, longest: int, tmp_path: Path) -> None:
+    fits = npz(tmp_path / "c.npz", input_ids=np.ones((2, longest), np.int64))
+    assert shapes(load_samples(model(IDS, MASK, positions=rows), fits, None)) == [(1, longest)] * 2
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((2, longest + 1), np.int64))
+    words = refusal(model(IDS, MASK, positions=rows), path, None)
+    assert f"'input_ids' has {longest + 1} tokens, but the model's position table allows {longest}" in words
+    assert "calibration sample 0" in words
+
+
+def test_constant_positions_limit_nothing(tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((1, 20), np.int64))
+    patches = model(IDS, positions=10)
+    assert "position table allows 10" in refusal(patches, path, None)
+    gathers = [node for node in patches.graph if node.op_type == "Gather"]
+    gathers[-1].replace_input_with(1, ir.val("p", const_value=ir.tensor(np.arange(10))))
+    assert shapes(load_samples(patches, path, None)) == [(1, 20)]
+
+
+def test_an_encoder_may_be_longer_than_its_decoder(tmp_path: Path) -> None:
+    decoder = ("decoder_input_ids", INT, ["batch", "decoder_sequence"])
+    both = model(IDS, decoder, positions=32)
+    small = ir.val("decoder.embed_positions", const_value=ir.tensor(np.zeros((8, 4), np.float32)))
+    both.graph.append(ir.node("Gather", [small, ir.val("q")]))
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((1, 32), int), decoder_input_ids=np.ones((1, 8), int))
+    assert shapes(load_samples(both, path, None)) == [(1, 32)]
 
 
 def test_a_folder_is_read_in_the_order_of_names_again_and_again(tmp_path: Path) -> None:
@@ -168,8 +201,12 @@ def test_a_wrong_image_size_and_nan(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "c.npz").write_bytes(b"nothing")
-    assert "not a readable .npz" in refusal(model(IDS), tmp_path / "c.npz", None)
+    (tmp_path / "c.npz").write_text("a text that should be called .txt")
+    words = refusal(model(IDS), tmp_path / "c.npz", None)
+    assert "not an .npz: the file is no zip archive" in words and "name text .txt or .jsonl" in words
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("data.pkl", b"x")
+    assert "not a readable .npz: 'data.pkl' in it is no array" in refusal(model(IDS), tmp_path / "c.npz", None)
     np.savez(tmp_path / "c.npz", input_ids=np.array([{}], dtype=object))
     assert "not a readable .npz" in refusal(model(IDS), tmp_path / "c.npz", None)
     assert "no such calibration file" in refusal(model(IDS), tmp_path / "d.npz", None)
@@ -236,9 +273,9 @@ def test_text_needs_a_tokenizer_that_is_there_and_fits(tmp_path: Path) -> None:
     assert "not UTF-8" in refusal(model(IDS), path, tmp_path)
 
 
-@pytest.mark.parametrize(("rows", "longest"), [(16, 16), (18, 16), (24, 24)])
+@pytest.mark.parametrize(("rows", "longest"), [(16, 16), (66, 64), (24, 24)])
 def test_the_position_table_limits_the_length(rows: int, longest: int, tmp_path: Path) -> None:
-    path = text(tmp_path, "abcdefghij" * 5 + "\n")
+    path = text(tmp_path, "abcdefghij" * 9 + "\n")
     samples = load_samples(model(IDS, positions=rows), path, tokenizer(tmp_path))
     assert shapes(samples) == [(1, longest)]
 
