@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.samples import first_samples
 from qcompile.errors import ContractError, QCompileError, UserError
+from qcompile.graph.finite import bad_weight
 from qcompile.graph.provenance import layer_name
 from qcompile.ledger import Entry, Proof
 from qcompile.pipeline import Arrays, Context, IrPass, Pass
@@ -161,6 +162,7 @@ class Verify:
     def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
         self._interface = interface(model)
         if not self.original:
+            _refuse_bad_weight(model)
             self.original = self._held = self._run(model, ctx, "original")
             self._refuse_nan()
         if step.preserves == "analysis":
@@ -228,8 +230,14 @@ class Verify:
                 if array.dtype.kind == "f" and array.size and np.isnan(array).all():
                     raise UserError(
                         f"output '{name}' of the float model is NaN on calibration sample {index}",
-                        hint="its weights or this sample hold NaN or infinities",
+                        hint="does it overflow on this sample, or divide by zero?",
                     )
+
+
+def _refuse_bad_weight(model: ir.Model) -> None:
+    bad = bad_weight(model)
+    if bad:
+        raise UserError(f"the weight {bad}", hint="the model was broken before: train or export it anew")
 
 
 def _structure(model: ir.Model) -> Iterator[tuple[object, ...]]:

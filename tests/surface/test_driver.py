@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper
 
 import qcompile
 from qcompile import driver, manifest, publish, recipe
-from qcompile.errors import ContractError, GateError, UserError
+from qcompile.errors import GateError, UserError
 from qcompile.pipeline import IrPass
 from tests.surface.plain import Plain, feeds, write_model
 
@@ -278,9 +279,21 @@ def test_a_missed_gate_raises_and_writes_nothing(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_give_nan_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises((UserError, ContractError), match=r"(?i)nan|finite|inf"):
-        compile_float(write_model(tmp_path / "bad.onnx", scale=float("nan")))
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named_before_any_sample(number: float, tmp_path: Path) -> None:
+    loaded = ir.load(write_model(tmp_path / "bad.onnx"))
+    value = loaded.graph.initializers["up.weight"]
+    assert value.const_value is not None
+    weight = value.const_value.numpy().copy()
+    weight[3, 5] = number
+    value.const_value = ir.tensor(weight, name="up.weight")
+    with pytest.raises(UserError, match=rf"the weight 'up\.weight' holds {number} at \[3, 5\]"):
+        compile_float(loaded)
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'last_hidden_state' of the float model is NaN .* sample 0"):
+        compile_float(write_model(tmp_path / "bad.onnx", scale=1e30))
 
 
 @pytest.mark.parametrize(
