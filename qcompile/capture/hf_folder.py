@@ -53,7 +53,9 @@ def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa
             module, loading = _from_pretrained(cls, folder, attention)
         except Exception as error:  # whatever the model's code and the weights' reader raise
             raise UserError(
-                f"transformers could not load the model: {type(error).__name__}: {error}", where=str(folder)
+                f"transformers could not load the model: {type(error).__name__}: {error}",
+                where=str(folder),
+                hint="does AutoModel.from_pretrained(FOLDER) work? If not, save it again with save_pretrained",
             ) from error
     module = prepare(module)
     absent = sorted(set(loading["missing_keys"]) & set(module.state_dict()))
@@ -143,7 +145,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         hint = "the folder is damaged: save the model again with save_pretrained"
         raise UserError(f"config.json is not JSON: {error}", where=str(path), hint=hint) from error
     if not isinstance(config, dict):
-        raise UserError("config.json does not hold an object", where=str(path))
+        hint = "the folder is damaged: save the model again with save_pretrained"
+        raise UserError("config.json does not hold an object", where=str(path), hint=hint)
     return config
 
 

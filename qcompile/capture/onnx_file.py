@@ -22,6 +22,7 @@ from qcompile.graph.provenance import original_name, remember
 from qcompile.graph.workspace import Workspace
 
 PROTOBUF_LIMIT = 2**31 - 1
+EXPORT_AGAIN = "export it again, and see what onnx.checker.check_model(path) says"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def _read(path: Path) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # the library wraps whatever is wrong with the graph in its own errors
-        raise UserError(f"the graph is not valid: {_innermost(error)}", where=str(path)) from error
+        what = f"the graph is not valid: {_innermost(error)}"
+        raise UserError(what, where=str(path), hint=EXPORT_AGAIN) from error
     _set_folder(model, path.parent)
     return model
 
@@ -77,7 +79,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="pass the .onnx file in it")
     if not path.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"no such file: {path}", hint="give the path of an .onnx file")
     size = path.stat().st_size
     if size > PROTOBUF_LIMIT:
         raise UserError(
@@ -104,12 +106,12 @@ def _check_initializers(graph: onnx.GraphProto, path: Path) -> None:
     seen: set[str] = set()
     for tensor in graph.initializer:
         if tensor.name in seen:
-            raise UserError(f"two initializers have the name '{tensor.name}'", where=str(path))
+            raise UserError(f"two initializers have the name '{tensor.name}'", where=str(path), hint=EXPORT_AGAIN)
         seen.add(tensor.name)
         for entry in tensor.external_data:
             if entry.key in ("offset", "length") and not entry.value.isdecimal():
                 what = f"the external data of tensor '{tensor.name}'"
-                raise UserError(f"{what} has {entry.key} '{entry.value}'", where=str(path))
+                raise UserError(f"{what} has {entry.key} '{entry.value}'", where=str(path), hint=EXPORT_AGAIN)
     if graph.sparse_initializer:
         raise UserError("sparse initializers are not supported", where=str(path), hint="export dense weights")
 
@@ -191,7 +193,7 @@ def _check_wired(model: ir.Model, path: Path) -> None:
                     )
         for value in graph.outputs:
             if not _is_made(value):
-                raise UserError(f"output '{value.name}' is made by no node", where=str(path))
+                raise UserError(f"output '{value.name}' is made by no node", where=str(path), hint=EXPORT_AGAIN)
 
 
 def _is_made(value: ir.Value) -> bool:
@@ -206,9 +208,8 @@ def _where(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"the graph cannot be brought into normal form: {_innermost(error)}", where=str(path)
-        ) from error
+        what = f"the graph cannot be brought into normal form: {_innermost(error)}"
+        raise UserError(what, where=str(path), hint=EXPORT_AGAIN) from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from qcompile.errors import UserError
 from qcompile.graph.provenance import original_name
 from qcompile.graph.workspace import INLINE_BYTES
 
+DAMAGED = "the file is damaged: download or export it again"
 _CHUNK = 1 << 20  # elements looked at in one go
 _WEIGHT_USERS = ("MatMul", "Gemm", "Conv", "LayerNormalization", "RMSNormalization", "Transpose")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -84,9 +85,9 @@ def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
 
 def _check_shape(name: str, tensor: ir.TensorProtocol) -> None:
     if any(size < 0 for size in tensor.shape.numpy()):
-        raise UserError(f"tensor '{name}' has a negative size: {list(tensor.shape.numpy())}")
+        raise UserError(f"tensor '{name}' has a negative size: {list(tensor.shape.numpy())}", hint=DAMAGED)
     if tensor.dtype == ir.DataType.UNDEFINED:
-        raise UserError(f"tensor '{name}' has no type")
+        raise UserError(f"tensor '{name}' has no type", hint=DAMAGED)
 
 
 def _bytes(tensor: ir.TensorProtocol) -> int:
@@ -101,9 +102,8 @@ def _check_external(name: str, tensor: ir.ExternalTensor) -> None:
     length = needed if tensor.length is None else tensor.length
     what = f"tensor '{name}' ({tensor.dtype.name} {list(tensor.shape.numpy())})"
     if length != needed:
-        raise UserError(
-            f"{what} needs {needed} bytes, but its external data has length {length}", where=str(path)
-        )
+        message = f"{what} needs {needed} bytes, but its external data has length {length}"
+        raise UserError(message, where=str(path), hint=DAMAGED)
     size = path.stat().st_size
     if offset < 0 or offset + length > size:
         raise UserError(
@@ -120,7 +120,8 @@ def _contained(name: str, tensor: ir.ExternalTensor) -> Path:
     what = f"the external data of tensor '{name}'"
     is_absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).is_absolute()
     if is_absolute or ".." in PurePosixPath(location.replace("\\", "/")).parts:
-        raise UserError(f"{what} is outside the model's folder", where=location)
+        hint = "for safety it must lie beside the .onnx file: onnx.load, then onnx.save with save_as_external_data=True"
+        raise UserError(f"{what} is outside the model's folder", where=location, hint=hint)
     path = folder / location
     resolved = path.resolve()
     if not resolved.is_relative_to(folder.resolve()):
@@ -148,14 +149,14 @@ def _check_inline(name: str, tensor: ir.serde.TensorProtoTensor) -> None:
     proto: onnx.TensorProto = tensor.raw
     if not proto.HasField("raw_data"):
         if math.prod(proto.dims) > 2**31:
-            raise UserError(
-                f"tensor '{name}' declares {list(proto.dims)} elements, more than a file can hold"
-            )
+            message = f"tensor '{name}' declares {list(proto.dims)} elements, more than a file can hold"
+            raise UserError(message, hint=DAMAGED)
         return
     needed = _bytes(tensor)
     if len(proto.raw_data) != needed:
         what = f"tensor '{name}' ({tensor.dtype.name} {list(proto.dims)})"
-        raise UserError(f"{what} needs {needed} bytes, but the file holds {len(proto.raw_data)}")
+        message = f"{what} needs {needed} bytes, but the file holds {len(proto.raw_data)}"
+        raise UserError(message, hint=DAMAGED)
 
 
 def _is_weight(value: ir.Value) -> bool:

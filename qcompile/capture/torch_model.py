@@ -102,11 +102,14 @@ def named_inputs(
             raise UserError(
                 f"{len(example_inputs)} example inputs for {len(parameters)} arguments of forward",
                 where=type(module).__name__,
+                hint=f"its arguments are {', '.join(parameters)}",
             )
     wrong = [name for name, value in given.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise UserError(
-            f"example inputs must be tensors; not so: {', '.join(wrong)}", where=type(module).__name__
+            f"example inputs must be tensors; not so: {', '.join(wrong)}",
+            where=type(module).__name__,
+            hint="give torch tensors, and fix other arguments in a wrapper's forward",
         )
     order = {name: index for index, name in enumerate(parameters)}
     return dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order))))
@@ -145,7 +148,8 @@ def _checked_shapes(inputs: Inputs, shapes: DynamicShapes | None) -> dict[str, d
         for axis in axes:
             if not 0 <= axis < inputs[name].ndim:
                 shape = tuple(inputs[name].shape)
-                raise UserError(f"dynamic axis {axis} of '{name}' is outside its shape {shape}")
+                what = f"dynamic axis {axis} of '{name}' is outside its shape {shape}"
+                raise UserError(what, hint="axes count from 0")
     return {name: given.get(name, {}) for name in inputs}
 
 
@@ -303,11 +307,13 @@ def _load_factory(spec: str) -> Any:
 
 def _call_factory(factory: Any, spec: str) -> Captured:
     if not callable(factory):
-        raise UserError(f"{spec} is a {type(factory).__name__}, not a function", where=spec)
+        hint = "write package.module:factory, a function that returns the module"
+        raise UserError(f"{spec} is a {type(factory).__name__}, not a function", where=spec, hint=hint)
     try:
         result = factory()
     except Exception as error:
-        raise UserError(f"{spec}() failed: {type(error).__name__}: {error}", where=spec) from error
+        what = f"{spec}() failed: {type(error).__name__}: {error}"
+        raise UserError(what, where=spec, hint="call it in Python, or --debug shows the traceback") from error
     return _captured(result, spec)
 
 

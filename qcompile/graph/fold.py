@@ -50,7 +50,7 @@ def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, wo
     s, z = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
     s, z = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
     if site.kind == "q_k" or site.experts or len({id(linear.x) for linear in site.linears}) != 1:
-        raise UserError("readers see the tensor through different views", where=site.name)
+        raise UserError("readers see the tensor through different views", where=site.name, hint="fold instead")
     changed = _affine_nodes(model, site.linears[0].x, 1 / s, -z / s, workspace)
     for linear in map(_renewed, site.linears):
         linear.node.replace_input_with(0, changed)
@@ -115,7 +115,7 @@ def _spread(values: np.ndarray, at: slice | np.ndarray, width: int) -> np.ndarra
 def _fold_q_k(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> int:
     """k / s and q * s: each product of the scores stays. Channels that a rotation mixes need one s."""
     if z.any():
-        raise UserError("queries and keys can only be scaled", where=site.name)
+        raise UserError("queries and keys can only be scaled", where=site.name, hint="scale only")
     if site.ties is not None and not np.allclose(s, s[site.ties], rtol=1e-6):
         raise UserError(
             "channels that the rotary embedding mixes need one scale", where=site.name, hint="use sites.tied"
@@ -131,7 +131,7 @@ def _produce(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspac
     """Make the producer give x~; returns the value that carries it."""
     if site.source is not None:
         if z.any() and site.kind != "v_o":
-            raise UserError("only attention passes a shift on", where=site.name)
+            raise UserError("only attention passes a shift on", where=site.name, hint="scale only")
         scale_columns(model, _renewed(site.source), s, z, workspace, site.columns)
         return site.tensor
     norm = site.producer

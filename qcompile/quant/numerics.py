@@ -132,7 +132,7 @@ def quantize_weight(w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | No
     clip (the diagonal of the layer's Hessian); all rows count alike when it is None.
     """
     if w.ndim != 2:
-        raise UserError(f"a weight of rank {w.ndim} cannot be quantised per channel")
+        raise UserError(f"a weight of rank {w.ndim} cannot be quantised per channel", hint="give a matrix [K, N]")
     k, n = w.shape
     group = scheme.group_size
     if group is None or group >= k:
