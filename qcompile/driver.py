@@ -16,6 +16,7 @@ from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
 from qcompile.backends.base import Backend, Lower, open_program
 from qcompile.calibration import text
+from qcompile.environment import warn_of_saturation
 from qcompile.errors import ContractError, GateError, QCompileError, UserError
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
@@ -283,6 +284,7 @@ def _compiled(
         warn("this graph has no matmul, so there was nothing to make faster or smaller")
     elif ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
         warn("nothing runs in low bits; `qcompile explain` and the report say why for each matmul")
+    warn_of_saturation(kernels)
     return _staged(folder, record, ctx)
 
 

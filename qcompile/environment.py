@@ -1,14 +1,20 @@
-"""What the environment must offer, asked for where it is needed and refused in words a user can act on."""
+"""What the environment must offer, asked for where it is needed and refused or told in words a user can act on."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from qcompile.errors import UserError
+from qcompile.progress import warn
 
+CPUINFO = Path("/proc/cpuinfo")
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_VNNI = {"avx512_vnni", "avx_vnni"}
 
 
 def require_onnxruntime() -> ModuleType:
@@ -54,3 +60,25 @@ def _unusable(installed: list[str], why: str) -> UserError:
         where="the Python environment",
         hint=f"pip install --force-reinstall --no-deps {installed[0]}",
     )
+
+
+def warn_of_saturation(kernels: Iterable[Mapping[str, Any]]) -> None:
+    """Say so where the program's 8-bit kernels (``backends.base.Kernel``) may give wrong sums on this machine."""
+    if any(k["low_bit"] and k["kernel"] != "MatMulNBits" for k in kernels) and lacks_vnni():
+        warn(
+            "this processor has no VNNI, so ONNX Runtime's int8 kernels may saturate here and outputs differ; "
+            "set the session option session.x64quantprecision to 1 (README, Pitfalls)"
+        )
+
+
+def lacks_vnni() -> bool:
+    """Whether this is an x86 processor without VNNI; False where nothing is known of the processor.
+
+    There ONNX Runtime multiplies uint8 by int8 with VPMADDUBSW, which adds two products in 16 bits and saturates.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)  # x86 alone
+    return flags is not None and _VNNI.isdisjoint(flags)

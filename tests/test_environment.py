@@ -3,10 +3,12 @@
 import importlib
 import importlib.metadata
 import types
+from pathlib import Path
 
 import pytest
 
-from qcompile.environment import require_onnxruntime
+from qcompile import environment
+from qcompile.environment import lacks_vnni, require_onnxruntime, warn_of_saturation
 from qcompile.errors import UserError
 
 
@@ -64,3 +66,26 @@ def test_a_damaged_runtime_asks_for_a_reinstall(
     with pytest.raises(UserError, match="onnxruntime-gpu is installed but cannot be used") as caught:
         require_onnxruntime()
     assert "--force-reinstall" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("model name\t: X\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n", False),
+        ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("Features\t: fp asimd asimddp\n", False),  # arm64
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize(("kernel", "low_bit"), [("QGemm", True), ("MatMul", False), ("MatMulNBits", True)])
+def test_only_an_x86_processor_without_vnni_is_warned_about_and_only_for_int8_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    text: str | None, lacks: bool, kernel: str, low_bit: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert lacks_vnni() is lacks
+    warn_of_saturation([{"kernel": kernel, "low_bit": low_bit}])
+    assert ("session.x64quantprecision" in capsys.readouterr().err) is (lacks and kernel == "QGemm")

@@ -42,8 +42,10 @@ def verify(
     allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Check the files, the interface, the outputs and the kernels of the compiled model in FOLDER."""
-    from qcompile import verification
+    from qcompile import manifest, verification
+    from qcompile.environment import warn_of_saturation
 
+    warn_of_saturation(manifest.load(folder)["kernels"])
     checks = verification.verify(
         folder, original, calibration=calib, tokenizer=tokenizer, max_length=length, allow_pickle=allow_pickle
     )

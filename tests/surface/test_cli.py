@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from qcompile import cli, pipeline
+from qcompile import cli, environment, pipeline
 from qcompile.commands import tables
 from tests.surface.plain import feeds
 from tests.surface.record import record
@@ -283,6 +283,16 @@ def test_verify_holds_for_what_was_just_compiled(
     assert cli.main(["verify", str(out), "--model", str(model), "--calib", str(calib)]) == 0
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     assert rows == dict.fromkeys(("files", "interface", "runs", "original", "outputs", "kernels"), "ok")
+
+
+def test_a_processor_whose_kernels_saturate_is_told_by_compile_and_verify(
+    model: Path, calib: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "lacks_vnni", lambda: True)
+    assert cli.main([str(model), "--calib", str(calib), "-o", "out"]) == 0
+    assert "has no VNNI" in capsys.readouterr().err
+    assert cli.main(["verify", "out", "--calib", str(calib)]) == 0
+    assert "has no VNNI" in capsys.readouterr().err
 
 
 def test_verify_fails_with_exit_code_1_for_a_changed_file(
