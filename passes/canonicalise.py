@@ -52,9 +52,10 @@ class Canonicalise(Pass):
             "rotary embeddings": rope.rewrite(model),
         }
         counts["attentions"], left = attention.rewrite(model, ctx.workspace)
-        for item in (*refused, *left):
-            ctx.ledger.skip(item.node.op_type, item.reason, original_name(item.node))
         common.RemoveUnusedNodesPass()(model)
         common.CommonSubexpressionEliminationPass()(model)
+        near = [miss for part in (norm, activation, rope, linear) for miss in part.misses(model.graph)]
+        for item in (*refused, *left, *near):
+            ctx.ledger.skip(item.node.op_type, item.reason, original_name(item.node))
         ctx.ledger.current.facts["recognised"] = counts
         return sum(counts.values())

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from qcompile.graph.canonical import match
 from qcompile.graph.functions import DOMAIN, is_op, use
 
+QUICK = 1.702  # x sigmoid(1.702 x) is QuickGELU, whose canonical spelling that is
+
 
 def rewrite(model: ir.Model) -> int:
     """Recognise every spelled-out activation; returns how many."""
@@ -159,3 +161,55 @@ def _half_product(one_plus: ir.Node, x: ir.Value) -> ir.Node | None:
             return None
         node = following
     return node if is_op(node, "Mul") else None
+
+
+# --------------------------------------------------------------------------- what is almost an activation
+
+
+def misses(graph: ir.Graph) -> list[match.Unrecognised]:
+    """Activations but for one detail: a curve that has either the argument or the product of one."""
+    found = [(n, "SiLU", _silu_detail(n)) for n in match.nodes(graph, "Sigmoid")]
+    for node in match.nodes(graph, "Erf"):
+        found.append((node, "GELU", _gelu_detail(node, _erf_argument(node), "its erf is not of x / sqrt(2)")))
+    for node in match.nodes(graph, "Tanh"):
+        if _is_cubic(node.inputs[0]):
+            why = "its tanh is not of sqrt(2 / pi) (x + 0.044715 x^3)"
+            found.append((node, "GELU", _gelu_detail(node, _tanh_argument(node), why)))
+    return [match.Unrecognised(node, f"not seen as a {name}: {why}") for node, name, why in found if why]
+
+
+def _silu_detail(sigmoid: ir.Node) -> str:
+    x, gate = sigmoid.inputs[0], sigmoid.outputs[0]
+    scaled = _scaled(x)
+    for reader in match.consumers(gate):
+        other = match.other_operand(reader, gate) if is_op(reader, "Mul") else None
+        if other is not None and other is x:
+            return "its sigmoid has another reader"
+        if other is not None and scaled is not None and other is scaled[0] and not _close(scaled[1], QUICK):
+            return f"its sigmoid is of {scaled[1]:g} x"
+    return ""
+
+
+def _gelu_detail(curve: ir.Node, x: ir.Value | None, argument: str) -> str:
+    """Which half fails; empty when both do, for then it is something else."""
+    one_plus = match.only_consumer(curve.outputs[0], "Add")
+    operands = match.constant_operand(one_plus) if one_plus is not None else None
+    is_one = operands is not None and operands[1].size == 1 and _close(float(operands[1].reshape(-1)[0]), 1.0)
+    if x is None:
+        return argument if is_one else ""
+    if match.only_consumer(curve.outputs[0]) is None:
+        return f"its {curve.op_type.lower()} has another reader"
+    if not is_one:
+        return f"1 is not added to its {curve.op_type.lower()}"
+    return "what follows is not a product with x / 2, or has another reader"
+
+
+def _is_cubic(value: ir.Value | None, depth: int = 6) -> bool:
+    """Whether a third power, or a factor close to GELU's, is in the argument."""
+    node = match.producer(value, "Mul", "Div", "Add", "Pow") if depth else None
+    if node is None:
+        return False
+    held = [number for v in node.inputs if (number := match.scalar(v)) is not None]
+    if node.op_type == "Pow":
+        return held == [3.0]
+    return any(abs(h - 0.0447) < 1e-3 for h in held) or any(_is_cubic(v, depth - 1) for v in node.inputs)

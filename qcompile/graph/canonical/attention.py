@@ -23,14 +23,6 @@ MASKED = np.float32(-1e30)  # finite stand-in for -inf: two of them still add up
 
 
 @dataclasses.dataclass
-class Unrecognised:
-    """A softmax over scores that stays as it is, and why."""
-
-    node: ir.Node
-    reason: str
-
-
-@dataclasses.dataclass
 class _Scores:
     """scale * (q k^T) + sum of biases, read from the softmax upwards."""
 
@@ -40,7 +32,7 @@ class _Scores:
     wheres: list[tuple[ir.Node, int]]
 
 
-def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognised]]:
+def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
     """Recognise every attention; returns how many, and the softmaxes that were left with the reason."""
     count, left = 0, []
     for softmax in match.nodes(model.graph, "Softmax"):
@@ -49,7 +41,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognis
             continue  # a softmax that is no attention
         reason = _replace(model, softmax, scores, workspace)
         if reason:
-            left.append(Unrecognised(softmax, reason))
+            left.append(match.Unrecognised(softmax, reason))
         else:
             count += 1
     for node in match.nodes(model.graph, "Attention"):

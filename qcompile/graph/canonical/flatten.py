@@ -74,7 +74,10 @@ def _sink(model: ir.Model, reshape: ir.Node, workspace: Workspace) -> None:
 def _lifted_inputs(node: ir.Node) -> list[ir.Value | None] | None:
     """The inputs for ``node`` to work on (B, S, C) instead; None when it does not work on rows."""
     inputs: list[ir.Value | None] = list(node.inputs)
+    shape = node.outputs[0].shape
     if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        return None
+    if shape is None or not isinstance(shape[-1], int):
         return None
     first = _flattened(inputs[0])
     if is_op(node, "MatMul"):

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompile.graph.canonical import fused_attention, fused_rotary, match
-from qcompile.graph.canonical.attention import Unrecognised
+from qcompile.graph.canonical.activation import QUICK
 from qcompile.graph.canonical.draft import Draft, float_attribute, given, is_used
 from qcompile.graph.workspace import Workspace
 
@@ -21,7 +21,7 @@ MICROSOFT = "com.microsoft"
 Decompose = Callable[[Draft, ir.Node], str]
 
 
-def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognised]]:
+def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
     """Take every fused operator apart; returns how many, and those that stay with the reason."""
     count, left = 0, []
     for node in list(model.graph):
@@ -30,7 +30,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[Unrecognis
             continue
         reason = decompose(Draft(model, node, workspace), node)
         if reason:
-            left.append(Unrecognised(node, reason))
+            left.append(match.Unrecognised(node, reason))
         else:
             count += 1
     if count:
@@ -140,7 +140,7 @@ def _swish(draft: Draft, node: ir.Node, default: float) -> str:
 
 
 def _quick_gelu(draft: Draft, node: ir.Node) -> str:
-    return _swish(draft, node, 1.702)
+    return _swish(draft, node, QUICK)
 
 
 def _standard_swish(draft: Draft, node: ir.Node) -> str:

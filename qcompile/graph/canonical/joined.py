@@ -38,7 +38,7 @@ def _joined(value: ir.Value | None) -> ir.Value | None:
 def _part(model: ir.Model, node: ir.Node, workspace: Workspace) -> None:
     """Let ``node`` work on four axes when what it reads was joined, and join its result."""
     parted = [_joined(value) for value in node.inputs]
-    if node.outputs[0].is_graph_output() or not any(parted):
+    if node.outputs[0].is_graph_output() or node.outputs[0].shape is None or not any(parted):
         return
     if is_op(node, "MatMul"):
         inputs = parted if all(parted) else None

@@ -36,15 +36,15 @@ def _gemm(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
     beta = node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
     if match.int_attribute(node, "transB", 0):
         w = w.T
+    if b is not None and b.size != 1 and not b.size == b.shape[-1] == w.shape[1]:
+        return 0
     weight = _renewed(model, weight, np.asarray(w * np.float32(alpha) if alpha != 1.0 else w), workspace)
     product = match.new_node("", "MatMul", [x, weight], {}, [node])
     if b is None:
         match.put_instead(node, product)
         return 1
-    b = np.broadcast_to(b * np.float32(beta), (w.shape[1],)) if b.size in (1, w.shape[1]) else None
-    if b is None:
-        return 0
-    _split_bias(model, node, product, _renewed(model, bias, b, workspace))
+    columns = np.broadcast_to((b * np.float32(beta)).reshape(-1), (w.shape[1],))
+    _split_bias(model, node, product, _renewed(model, bias, columns, workspace))
     return 1
 
 
@@ -89,3 +89,52 @@ def _bias_last(node: ir.Node) -> int:
     node.replace_input_with(0, right)
     node.replace_input_with(1, left)
     return 1
+
+
+# --------------------------------------------------------------------------- what is almost a linear
+
+
+def misses(graph: ir.Graph) -> list[match.Unrecognised]:
+    """Products with a constant that are no linears, at the end of canonicalisation."""
+    found = [(node, _gemm_detail(node)) for node in match.nodes(graph, "Gemm")]
+    found += [(node, _product_detail(node)) for node in match.nodes(graph, "MatMul")]
+    return [match.Unrecognised(node, f"not seen as a linear: {why}") for node, why in found if why]
+
+
+def _gemm_detail(node: ir.Node) -> str:
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    if constant_array(weight) is None:
+        return _computed(weight) or "its weight is computed at run time"
+    if match.int_attribute(node, "transA", 0):
+        return "its input is transposed (transA)"
+    if bias is not None and constant_array(bias) is None:
+        return "its bias is computed at run time"
+    return "its bias is not one number for each column"
+
+
+def _product_detail(node: ir.Node) -> str:
+    left, right = (constant_array(value) for value in node.inputs[:2])
+    if left is not None and right is None:
+        return "its weight stands on the left" if left.ndim == 2 and min(left.shape) > 1 else ""
+    if right is None:
+        return _computed(node.inputs[1])
+    if right.ndim != 2 and max(right.shape) > 1 and right.dtype == np.float32:
+        return f"its weight has rank {right.ndim}"
+    return ""
+
+
+def _computed(weight: ir.Value | None) -> str:
+    """Why a weight is not constant that does not depend on the model's inputs; empty when it does."""
+    table = match.through(weight, "Transpose")
+    node = match.producer(table)
+    if node is None or constant_array(table) is not None or not _is_fixed(table):
+        return ""
+    return f"its weight is computed by {node.op_type} at run time"
+
+
+def _is_fixed(value: ir.Value | None, depth: int = 8) -> bool:
+    """Whether ``value`` follows from constants alone."""
+    if value is None or constant_array(value) is not None:
+        return True
+    node = match.producer(value)
+    return node is not None and depth > 0 and all(_is_fixed(v, depth - 1) for v in node.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +11,14 @@ import onnx_ir as ir
 from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
 from qcompile.graph.provenance import inherit
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrecognised:
+    """A node that stays as it is although it is the core of something that is recognised, and why."""
+
+    node: ir.Node
+    reason: str
 
 
 def producer(value: ir.Value | None, *ops: str) -> ir.Node | None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
-from qcompile.graph.functions import DOMAIN, use
+from qcompile.graph.functions import DOMAIN, is_op, use
 from qcompile.graph.workspace import Workspace
 
 
@@ -35,8 +35,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
     for node in match.nodes(model.graph, "Sqrt"):
         found = _around(node)
         if found is not None:
-            _replace(model, found, workspace)
-            count += 1
+            count += _replace(model, found, workspace)
     for node in match.nodes(model.graph, "RMSNormalization"):
         _hold_parameters(model, node, workspace)
         count += _standard_rms(model, node)
@@ -140,10 +139,10 @@ def _vector(node: ir.Node | None) -> np.ndarray | None:
     return None
 
 
-def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> None:
+def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> bool:
     width = _width(found)
     if width is None:
-        return
+        return False
     gamma = found.gamma if found.gamma is not None else np.ones(width, np.float32)
     hint = found.end.outputs[0].name or "norm"
     inputs = [found.x, new_initializer(model, f"{hint}.gamma", gamma.astype(np.float32), workspace)]
@@ -160,6 +159,7 @@ def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> None:
     sources = [n for v in found.end.inputs if v is not None and (n := v.producer()) is not None]
     match.put_instead(found.end, node)
     match.remove_dead(model.graph, sources)
+    return True
 
 
 def _width(found: _Spelled) -> int | None:
@@ -180,7 +180,7 @@ def _hold_parameters(model: ir.Model, node: ir.Node, workspace: Workspace) -> No
 
 def _standard_rms(model: ir.Model, node: ir.Node) -> int:
     """ONNX's RMSNormalization (opset 23) over the last axis becomes the project's function."""
-    if node.domain == DOMAIN or match.int_attribute(node, "axis", -1) != -1:
+    if node.domain == DOMAIN or not _is_over_last(node):
         return 0
     use(model, "RMSNormalization")
     epsilon = node.attributes.get("epsilon", ir.AttrFloat32("epsilon", 1e-5))
@@ -201,3 +201,71 @@ def _complete_layer_norm(model: ir.Model, node: ir.Node, workspace: Workspace) -
     whole = match.new_node("", "LayerNormalization", [*node.inputs[:2], beta], dict(node.attributes), [node])
     match.put_instead(node, whole)
     return 1
+
+
+# --------------------------------------------------------------------------- what is almost a norm
+
+
+def misses(graph: ir.Graph) -> list[match.Unrecognised]:
+    """Norms but for one detail: a mean of squares that divides what was squared, or a gain made at run time."""
+    found = []
+    for mean in match.nodes(graph, "ReduceMean"):
+        centred = _squared(mean.inputs[0])
+        path = _to_quotient(mean, centred) if centred is not None else []
+        if path:
+            found.append(match.Unrecognised(mean, f"not seen as a norm: {_detail(mean, path)}"))
+    for node in match.nodes(graph, "LayerNormalization", "RMSNormalization"):
+        factor = match.only_consumer(node.outputs[0], "Mul")
+        if factor is not None and _is_plain(node) and match.constant_operand(factor) is None:
+            reason = "not seen as the gain of a norm: the factor is computed at run time"
+            found.append(match.Unrecognised(factor, reason))
+        if not _is_over_last(node):
+            found.append(match.Unrecognised(node, "not seen as a norm: it is not over the last axis alone"))
+    return found
+
+
+def _to_quotient(mean: ir.Node, centred: ir.Value) -> list[ir.Node]:
+    """The nodes from ``mean`` (without it) to the product or quotient with ``centred``; empty if there is none."""
+    paths = [[node] for node in match.consumers(mean.outputs[0])]
+    while paths:
+        path = paths.pop(0)
+        node, value = path[-1], (path[-2] if len(path) > 1 else mean).outputs[0]
+        if len(path) > 1 and is_op(node, "Mul", "Div") and match.other_operand(node, value) is centred:
+            return path
+        if len(path) < _LONGEST and is_op(node, *_BETWEEN):
+            paths += [[*path, below] for below in match.consumers(node.outputs[0])]
+    return []
+
+
+_LONGEST = 6  # nodes from the mean to the quotient: Add, Sqrt, Reciprocal, Mul and two more
+_BETWEEN = ("Add", "Sqrt", "Reciprocal", "Pow", "Div", "Max", "Clip", "Cast", "Mul", "Unsqueeze", "Expand", "Identity")
+
+
+def _detail(mean: ir.Node, path: list[ir.Node]) -> str:
+    """The first step that the recogniser does not know."""
+    shifted, root = path[0], path[1]
+    if not _last_axis(mean):
+        return "its mean is not over the last axis alone, or drops that axis"
+    if not is_op(shifted, "Add"):
+        return f"{shifted.op_type} follows its mean, where an epsilon is added"
+    epsilon = match.constant_operand(shifted)
+    if epsilon is None or epsilon[1].size != 1:
+        return "its epsilon is computed at run time" if epsilon is None else "its epsilon is not one number"
+    if not is_op(root, "Sqrt"):
+        return f"its root is spelled as {root.op_type}"
+    if any(match.only_consumer(node.outputs[0]) is None for node in path[1:-1]):
+        return "its root has another reader"
+    if [node.op_type for node in path[2:]] in (["Div"], ["Reciprocal", "Mul"], ["Div", "Mul"]):
+        return "the size of its last axis is unknown"
+    return "its root divides in other steps than Div, or Mul by the reciprocal"
+
+
+def _is_plain(norm: ir.Node) -> bool:
+    """Whether the gain is all ones and the shift zero, or absent."""
+    gamma, *beta = (constant_array(value) for value in norm.inputs[1:])
+    return bool(gamma is not None and (gamma == 1).all() and all(b is not None and not b.any() for b in beta))
+
+
+def _is_over_last(norm: ir.Node) -> bool:
+    axis, shape = match.int_attribute(norm, "axis", -1), norm.inputs[0].shape if norm.inputs[0] is not None else None
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)

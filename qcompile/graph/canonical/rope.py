@@ -73,3 +73,48 @@ def _slice(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
     if start is None or end is None or axis not in (-1.0, 3.0) or step != 1.0:
         return None
     return node.inputs[0], int(start), int(min(end, 2**62))
+
+
+# --------------------------------------------------------------------------- what is almost a rotation
+
+
+def misses(graph: ir.Graph) -> list[match.Unrecognised]:
+    """Rotations but for one detail: (-b, a) of two parts of one value, or (a c - b s, b c + a s)."""
+    found = ((node, _detail(node)) for node in match.nodes(graph, "Concat") if len(node.inputs) == 2)
+    return [match.Unrecognised(node, f"not seen as a rotary embedding: {why}") for node, why in found if why]
+
+
+def _detail(concat: ir.Node) -> str:
+    parts = [match.through(value, "Unsqueeze") for value in concat.inputs]
+    interleaved = "its pairs are neighbours (even, odd), not halves"
+    if _turned(*parts):
+        return interleaved if parts[0] is not concat.inputs[0] else "it is written by halves, without a rotated copy"
+    negated = [match.producer(part, "Neg") for part in parts]
+    sources = [_part_of(n.inputs[0] if n is not None else part) for n, part in zip(negated, parts, strict=True)]
+    if (negated[0] is None) == (negated[1] is None) or sources[0] is None or sources[0] is not sources[1]:
+        return ""
+    if parts[0] is not concat.inputs[0]:
+        return interleaved
+    if negated[0] is None:
+        return "the first half is negated, not the second"
+    if _rotated(concat) is None:
+        return "what it joins are not the two halves of the last axis"
+    by_sin = match.only_consumer(concat.outputs[0], "Mul")
+    if by_sin is None:
+        return "its rotated copy has another reader, or is not multiplied"
+    return "it is not the sum of x cos and a rotated copy times sin, read once"
+
+
+def _part_of(value: ir.Value | None) -> ir.Value | None:
+    node = match.producer(value, "Slice", "Split", "Gather")
+    return node.inputs[0] if node is not None else None
+
+
+def _turned(first: ir.Value | None, second: ir.Value | None) -> bool:
+    """Whether these are a c - b s and b c + a s."""
+    minus, plus = match.producer(first, "Sub"), match.producer(second, "Add")
+    products = [match.producer(v, "Mul") for n in (minus, plus) if n is not None for v in n.inputs]
+    if len(products) != 4 or any(n is None for n in products):
+        return False
+    ac, bs, *rest = ({id(v) for v in n.inputs} for n in products if n is not None)
+    return all(len(r & ac) == len(r & bs) == 1 for r in rest) and set.union(*rest) == ac | bs
