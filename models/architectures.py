@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,7 +267,7 @@ def _weight_std(name: str, parameter: torch.Tensor) -> float:
     """
     is_table = "embed" in name or name.endswith(("wte.weight", "wpe.weight", "shared.weight"))
     if name.endswith("Attention.q.weight"):
-        return (HIDDEN * HIDDEN / HEADS) ** -0.5
+        return 1 / math.sqrt(HIDDEN * HIDDEN / HEADS)
     return 0.5 if is_table else HIDDEN**-0.5
 
 
