@@ -67,7 +67,7 @@ def warn_of_saturation(kernels: Iterable[Mapping[str, Any]]) -> None:
     if any(k["low_bit"] and k["kernel"] != "MatMulNBits" for k in kernels) and lacks_vnni():
         warn(
             "this processor has no VNNI, so ONNX Runtime's int8 kernels may saturate here and outputs differ; "
-            "set the session option session.x64quantprecision to 1 (README, Pitfalls)"
+            "set the session option session.x64quantprecision to 1 (see Targets in the README)"
         )
 
 
