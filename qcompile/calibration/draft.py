@@ -26,7 +26,7 @@ from qcompile.graph.qdq import (
     quantize_table,
     table_of,
 )
-from qcompile.graph.sites import ATTENTIONS, Linear, find_embeddings, find_linears
+from qcompile.graph.sites import ATTENTIONS, Linear, find_embeddings, find_experts, find_linears
 from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import QuantizedWeight, quantize_weight
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
@@ -122,7 +122,7 @@ class Draft:
         weights: dict[str, WeightScheme] = {}
         activations: dict[str, ActivationScheme] = {}
         for linear in find_linears(self.model.graph):
-            rule = recipe.rule("head" if linear.is_head else "linear", linear.name)
+            rule = recipe.for_linear(linear)
             if rule is None or rule.weights is None:
                 self.left.append((linear.name, "the recipe keeps it float", original_name(linear.node)))
                 self._float_inputs.add(linear.name)
@@ -133,6 +133,12 @@ class Draft:
             elif activations.setdefault(str(linear.x.name), rule.activations) != rule.activations:
                 why = f"its input is read as {activations[str(linear.x.name)]}, as another linear's rule says"
                 self.left.append((linear.name, why, original_name(linear.node)))
+        for experts in find_experts(self.model.graph):
+            rule = recipe.rule("linear", experts.name)
+            why = "its matrices are experts chosen for each token, which stay float"
+            if rule is None or rule.weights is None:
+                why = "the recipe keeps it float"
+            self.left.append((experts.name, why, original_name(experts.node)))
         for node in find_embeddings(self.model.graph):
             self._choose_table(node, recipe, weights)
         return Choice(weights, activations, self._choose_attention(recipe))

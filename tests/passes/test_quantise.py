@@ -70,6 +70,16 @@ def error(before: Sequence[Array], after: Sequence[Array]) -> float:
 # --------------------------------------------------------------------------- recipes
 
 
+@pytest.mark.parametrize("recipe", ["w8a8_static", "w4a16_g32", "float"])
+def test_experts_stay_float_and_say_so(recipe: str) -> None:
+    with bench(cached_export("mixtral")) as found:
+        left = Draft(found.model, load(recipe), found.ctx.workspace).left
+    why = "the recipe keeps it float" if recipe == "float" else "its matrices are experts chosen for each token"
+    for layer in (0, 1):  # gate with up, and down
+        products = [item for item in left if item[0] == f"model.layers.{layer}.mlp.experts"]
+        assert len({node for _, _, node in products}) == 2 and all(why in reason for _, reason, _ in products)
+
+
 MODELS = ("bert", "gpt2", "llama", "mixtral", "t5", "vit")
 # Of random models, which double an error in every layer; one that is wrong altogether is at 1.4.
 LOSS = {"w8a8_static": 0.7, "w8a8": 0.4, "w4a16_g32": 0.9}
