@@ -20,7 +20,7 @@ from qcompile.commands.compile import compile_command
 from qcompile.commands.explain import explain
 from qcompile.commands.tables import passes, recipes, targets
 from qcompile.commands.verify import verify
-from qcompile.errors import QCompileError, unknown_name
+from qcompile.errors import QCompileError, UserError, unknown_name
 
 INTERRUPTED = 130
 BUG = 3
@@ -78,7 +78,8 @@ def _routed(arguments: list[str]) -> list[str]:
     if first in surface.commands:
         return arguments
     if first.isalpha() and not Path(first).exists():
-        raise unknown_name("verb", first, surface.commands)
+        error = unknown_name("verb", first, surface.commands)
+        raise UserError(f"{error.message}, and no file or folder has that name", hint=error.hint)
     return ["compile", *arguments]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +130,17 @@ def _rule(path: Path, number: int, raw: Any) -> Rule:
     try:
         return Rule.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        what = f"{place}: {first['msg']}" if place else first["msg"]
-        hint = f"a rule has the keys {', '.join(Rule.model_fields)}"
-        raise UserError(f"recipe '{path}', rule {number}: {what}", hint=hint) from error
+        first, where = error.errors()[0], f"recipe '{path}', rule {number}"
+        *tables, key = map(str, first["loc"] or ("",))
+        if first["type"] == "extra_forbidden":
+            unknown = unknown_name("key", key, _keys(tables))
+            raise UserError(f"{where}: {unknown.message}", hint=unknown.hint) from error
+        message = first["msg"].removeprefix("Value error, ")
+        what = f"{'.'.join([*tables, key])}: {message}" if key else message
+        raise UserError(f"{where}: {what}", hint="`qcompile recipes` lists the keys and their values") from error
+
+
+def _keys(tables: list[str]) -> Iterable[str]:
+    """The keys of a rule, or of the table in it."""
+    inner: dict[str, type[BaseModel]] = {"weights": WeightScheme, "activations": ActivationScheme}
+    return (inner[tables[0]] if tables else Rule).model_fields

@@ -101,13 +101,14 @@ def test_the_second_linear_of_a_module_is_found_by_the_modules_name() -> None:
         ("base = 8", "unknown recipe '8'"),
         ("rule = 3", "'rule' is no list of tables"),
         ("rule = [3]", "rule 1: Input should be a valid dictionary"),
-        ("[[rule]]\nscop = 'x'", "rule 1: scop: Extra inputs"),
+        ("[[rule]]\nscop = 'x'", "rule 1: unknown key 'scop'\n  hint: did you mean scope"),
+        ("[[rule]]\nweights = {bits = 8, clp = 1}", "rule 1: unknown key 'clp'\n  hint: did you mean clip"),
         (
             "[[rule]]\n[[rule]]\nweights = {bits = 9}",
             "rule 2: weights.bits: Input should be less than or equal to 8",
         ),
         ("[[rule]]\nop = 'liner'", "rule 1: op: Input should be 'linear'"),
-        ("[[rule]]\nop = 'embedding'\nactivations = {bits = 8}", "an embedding takes token ids"),
+        ("[[rule]]\nop = 'embedding'\nactivations = {bits = 8}", "rule 1: an embedding takes token ids"),
         ("[[rule]]\nop = 'attention'\nweights = {bits = 8}", "attention has no weights"),
         (
             "[[rule]]\nop = 'attention'\nactivations = {bits = 8, granularity = 'per_token'}",

@@ -31,7 +31,7 @@ from qcompile.commands.text import columns
 @options.calibration
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=options.BOUND,
     metavar="X",
     help="Allowed drop of the output metric; keeps the fewest places in higher precision.",
 )

@@ -10,14 +10,17 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+COUNT, BOUND = click.IntRange(min=1), click.FloatRange(min=0)
+COUNT.name, BOUND.name = "whole number", "number"  # what an error calls them
+
 _CALIBRATION = (
     click.option("--calib", type=click.Path(path_type=Path), metavar="PATH",
                  help="Calibration data: .npz, a folder of them, .txt or .jsonl."),
     click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
                  help="Folder with tokenizer.json; one beside the model is found."),
-    click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, metavar="N",
+    click.option("--samples", type=COUNT, default=128, show_default=True, metavar="N",
                  help="Calibration samples at most."),
-    click.option("--length", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+    click.option("--length", type=COUNT, default=512, show_default=True, metavar="N",
                  help="Tokens per sample at most."),
 )  # fmt: skip
 

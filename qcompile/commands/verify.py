@@ -29,7 +29,7 @@ WORDS = {True: "ok", False: "FAILED", None: "unknown"}
 )
 @click.option(
     "--length",
-    type=click.IntRange(min=1),
+    type=options.COUNT,
     default=512,
     show_default=True,
     metavar="N",
