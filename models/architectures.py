@@ -252,14 +252,14 @@ def _randomise(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2:
-                torch.nn.init.normal_(parameter, std=_weight_std(name, parameter))
+                torch.nn.init.normal_(parameter, std=_weight_std(name))
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.3)
             else:
                 _randomise_norm(parameter)
 
 
-def _weight_std(name: str, parameter: torch.Tensor) -> float:
+def _weight_std(name: str) -> float:
     """1/sqrt(fan-in) keeps activations near 1 through the layers; embeddings are a table, not a product.
 
     T5 does not divide its scores by sqrt(d): its own initialisation puts that factor into the queries, and

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.blocks import ATTENTIONS, Block, find_blocks
+from qcompile.graph.blocks import ATTENTIONS
 from qcompile.graph.canonical import match
-from qcompile.graph.edits import constant_array, is_tied
+from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
 from qcompile.graph.linears import VIEWS, Linear, as_linear, find_embeddings, find_experts, find_linears
 from qcompile.graph.provenance import layer_name, original_name
@@ -76,11 +76,6 @@ class Site:
 def find_sites(model: ir.Model) -> list[Site]:
     """All sites in graph order."""
     return _Finder(model.graph).sites()
-
-
-def rotary_pairs(width: int) -> np.ndarray:
-    """``Site.ties`` for one head of ``width``, rotated in halves: channels i and i + width / 2 are mixed."""
-    return np.tile(np.arange(width // 2), 2)
 
 
 def tied(site: Site, scale: np.ndarray) -> np.ndarray:
@@ -350,6 +345,6 @@ def _ties(columns: np.ndarray, mixed: np.ndarray) -> np.ndarray | None:
 
 
 __all__ = [
-    "ATTENTIONS", "Block", "Linear", "Other", "Site", "as_linear", "describe", "find_blocks",
-    "find_embeddings", "find_experts", "find_linears", "find_sites", "is_tied", "rotary_pairs", "tied",
+    "ATTENTIONS", "Linear", "Other", "Site", "as_linear", "describe", "find_embeddings", "find_experts",
+    "find_linears", "find_sites", "tied",
 ]  # fmt: skip

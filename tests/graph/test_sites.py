@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.graph.blocks import find_blocks
 from qcompile.graph.provenance import LAYER, ORIGIN
-from qcompile.graph.sites import Site, find_blocks, find_linears, find_sites, rotary_pairs, tied
+from qcompile.graph.sites import Site, find_linears, find_sites, tied
 from qcompile.graph.trace import follow, same_shape
 from qcompile.graph.workspace import Workspace
 from qcompile.models.architectures import ARCHITECTURES
@@ -173,6 +174,11 @@ def test_grouped_heads_expand_in_order(library: Library) -> None:
     site = first(ir.load(library.architecture("llama").path), "v_o")
     expected = (np.repeat(np.arange(2), 2)[:, None] * 16 + np.arange(16)).reshape(-1)
     np.testing.assert_array_equal(site.expand, expected)
+
+
+def rotary_pairs(width: int) -> np.ndarray:
+    """The ties of one head of ``width`` that is rotated in halves: channels i and i + width / 2 are mixed."""
+    return np.tile(np.arange(width // 2), 2)
 
 
 def test_rotated_channels_are_tied(library: Library) -> None:

@@ -44,7 +44,7 @@ def _gemm(model: ir.Model, node: ir.Node, workspace: Workspace) -> int:
         match.put_instead(node, product)
         return 1
     columns = np.broadcast_to((b * np.float32(beta)).reshape(-1), (w.shape[1],))
-    _split_bias(model, node, product, _renewed(model, bias, columns, workspace))
+    _split_bias(node, product, _renewed(model, bias, columns, workspace))
     return 1
 
 
@@ -57,7 +57,7 @@ def _renewed(model: ir.Model, old: ir.Value | None, array: np.ndarray, workspace
     return new
 
 
-def _split_bias(model: ir.Model, node: ir.Node, product: ir.Node, bias: ir.Value) -> None:
+def _split_bias(node: ir.Node, product: ir.Node, bias: ir.Value) -> None:
     graph, value = node.graph, node.outputs[0]
     assert graph is not None
     middle = product.outputs[0]
