@@ -6,7 +6,7 @@ import fnmatch
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -66,12 +66,23 @@ class Rule(BaseModel):
         return self.op == op and any(fnmatch.fnmatchcase(n, self.scope) for n in (name, module))
 
 
+class _Linear(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_head(self) -> bool: ...
+
+
 class Recipe(BaseModel):
     """An ordered list of rules."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     rules: tuple[Rule, ...] = Field(default=())
+
+    def for_linear(self, linear: _Linear) -> Rule | None:
+        """The last rule that speaks of ``linear``; None keeps it float."""
+        return self.rule("head" if linear.is_head else "linear", linear.name)
 
     def rule(self, op: Op, name: str) -> Rule | None:
         """The last rule that speaks of ``op`` at ``name``; None keeps it float."""
