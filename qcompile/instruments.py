@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.samples import first_samples
+from qcompile.calibration.samples import proof_samples
 from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.graph.finite import bad_weight
 from qcompile.graph.provenance import layer_name
@@ -163,7 +163,7 @@ class Verify:
         self._interface = interface(model)
         if not self.original:
             _refuse_bad_weight(model)
-            self.original = self._held = self._run(model, ctx, "original")
+            self.original = self._held = self._run_original(model, ctx)
             self._refuse_nan()
         if step.preserves == "analysis":
             self._shape = list(_structure(model))
@@ -209,17 +209,30 @@ class Verify:
 
     def some(self, ctx: Context) -> Iterator[Any]:
         """The samples that the proofs are made on."""
-        return first_samples(ctx.samples, count=self._samples)
+        return proof_samples(ctx.samples, self._samples)
 
-    def _run(self, model: ir.Model, ctx: Context, stem: str) -> list[dict[str, Path]]:
+    def _run(self, model: ir.Model, ctx: Context, stem: str, samples: Iterable[Any]) -> list[dict[str, Path]]:
         names = [v.name for v in model.graph.outputs if v.name is not None]
-        stream = ctx.runner.stream(model, self.some(ctx), names, label="verify")
+        stream = ctx.runner.stream(model, samples, names, label="verify")
         return self.keep((arrays for _, arrays in stream), ctx, stem)
+
+    def _run_original(self, model: ir.Model, ctx: Context) -> list[dict[str, Path]]:
+        """Raises UserError with the shapes of the sample that the model cannot run."""
+        tried: list[Any] = []
+        try:
+            return self._run(model, ctx, "original", _noted(self.some(ctx), tried))
+        except UserError as error:
+            if not tried:
+                raise  # it does not load
+            shapes = ", ".join(f"{k} {v.dtype.name} {list(v.shape)}" for k, v in tried[-1].feeds.items())
+            is_random = getattr(ctx.samples, "is_random", False)
+            hint = "these sizes are guesses: give --calib" if is_random else "do its sizes go together in this model?"
+            raise UserError(error.message, where=f"the float model on {shapes}", hint=hint) from error
 
     def _run_after(self, model: ir.Model, step: Pass, ctx: Context) -> list[dict[str, Path]]:
         stem = "even" if self._held and "even" not in next(iter(self._held[0].values())).name else "odd"
         try:
-            return self._run(model, ctx, stem)
+            return self._run(model, ctx, stem, self.some(ctx))
         except QCompileError as error:
             raise _contract(step, f"left a model that does not run: {error.message}") from error
 
@@ -232,6 +245,12 @@ class Verify:
                         f"output '{name}' of the float model is NaN on calibration sample {index}",
                         hint="does it overflow on this sample, or divide by zero?",
                     )
+
+
+def _noted(samples: Iterable[Any], tried: list[Any]) -> Iterator[Any]:
+    for sample in samples:
+        tried.append(sample)
+        yield sample
 
 
 def _refuse_bad_weight(model: ir.Model) -> None:
@@ -273,7 +292,7 @@ class LayerErrors:
             return
         present = {v.name for node in model.graph for v in node.outputs}
         now = self._fetch(model, ctx, [name for name in self._layers if name in present], "after")
-        mask = next(iter(ctx.samples)).mask
+        mask = next(proof_samples(ctx.samples, 1)).mask
         layers = [{"site": self._layers[n], "sqnr_db": self._sqnr(n, path, mask)} for n, path in now.items()]
         entry.facts.setdefault("layers", layers)
 
@@ -283,9 +302,9 @@ class LayerErrors:
         return difference.sqnr_db
 
     def _fetch(self, model: ir.Model, ctx: Context, names: list[str], stem: str) -> dict[str, Path]:
-        """Values of the first sample as files, fetched a few at a time so that they never fill the memory."""
+        """Values of one sample as files, fetched a few at a time so that they never fill the memory."""
         found: dict[str, Path] = {}
-        one = list(first_samples(ctx.samples, count=1))
+        one = list(proof_samples(ctx.samples, 1))
         for start in range(0, len(names), LAYERS_AT_A_TIME):
             some = names[start : start + LAYERS_AT_A_TIME]
             for _, arrays in ctx.runner.stream(model, one, some, label="layers"):

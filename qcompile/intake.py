@@ -185,7 +185,7 @@ def take_samples(
     samples = load_samples(model, path, tokenizer, max_samples=max_samples, max_length=max_length, seed=seed)
     for text in samples.warnings_:
         warn(text)
-    described: dict[str, Any] = {"samples": len(samples), "max_length": max_length}
+    described: dict[str, Any] = {"samples": len(samples), "held_out": len(samples.held_out), "max_length": max_length}
     if path is None:
         return samples, described | {"kind": "random" if samples.is_random else "built-in"}
     root = path if path.is_dir() else path.parent

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest
 from qcompile.backends.base import Program, open_program
-from qcompile.calibration.samples import first_samples
+from qcompile.calibration.samples import proof_samples
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import PROOF_SAMPLES, Difference, interface, proof_of
@@ -54,7 +54,8 @@ def verify(
         source = original if original is not None else str(folder / "model.onnx")
         taken = take(source, workspace, allow_pickle=allow_pickle)
         words = tokenizer if tokenizer is not None else taken.tokenizer
-        samples, _ = take_samples(taken.model, calibration, words, PROOF_SAMPLES, max_length, record["seed"])
+        count = record["calibration"]["samples"]  # the same ones are held out then
+        samples, _ = take_samples(taken.model, calibration, words, count, max_length, record["seed"])
         checks.append(_runs(program, samples))
         if original is not None:
             checks.append(_source(taken.source, record))
@@ -84,7 +85,7 @@ def _interface(folder: Path, record: manifest.Manifest) -> Check:
 
 
 def _runs(program: Program, samples: Any) -> Check:
-    for number, sample in enumerate(first_samples(samples, count=PROOF_SAMPLES)):
+    for number, sample in enumerate(proof_samples(samples, PROOF_SAMPLES)):
         first, second = program(sample.feeds), program(sample.feeds)
         for name, array in first.items():
             if array.dtype.kind == "f" and np.isnan(array).any():
@@ -116,7 +117,7 @@ def _outputs(
     names = [v.name for v in model.graph.outputs if v.name]
     worst: dict[str, Difference] = {name: Difference() for name in names}
     count = 0
-    some = first_samples(samples, count=PROOF_SAMPLES)
+    some = proof_samples(samples, PROOF_SAMPLES)
     for sample, before in OrtRunner(workspace).stream(model, some, names, label="original"):
         after = program(sample.feeds)
         for name in names:

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.arrays import check_feeds
-from qcompile.calibration.inputs import complete, longest_sequence, model_inputs
+from qcompile.calibration.inputs import complete, model_inputs
+from qcompile.calibration.positions import longest_sequence
 from qcompile.calibration.samples import Sample, mask_input
 from qcompile.errors import UserError
 

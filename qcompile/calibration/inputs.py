@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import UserError
-from qcompile.graph.provenance import original_name
 
 Arrays = dict[str, np.ndarray]
 UNLIMITED = 1 << 30
+UNNAMED = "?"  # an axis of no known size and no name
 _IMAGE_SIDE = 224
 _FREE_AXIS = 16
+_MADE = (
+    "mask",
+    "position_ids",
+    "cache_position",
+    "token_type",
+    "segment",
+    "decoder_input_ids",
+    "past",
+    "use_cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
     """One input of the model.
 
-    shape: an int where the axis is static, its name where it is symbolic
+    shape: an int where the axis is static, its name where it is symbolic, UNNAMED where it has none
     vocabulary: rows of the embedding table that it indexes, 0 when it indexes none
     """
 
@@ -39,6 +49,10 @@ class Input:
         return self.dtype.kind in "iub"
 
     @property
+    def is_image(self) -> bool:
+        return self.dtype.kind == "f" and len(self.shape) == 4
+
+    @property
     def is_cache(self) -> bool:
         """Keys and values of tokens past, of which there may be none."""
         return "past" in self.name or ("cache" in self.name and self.dtype.kind == "f")
@@ -52,31 +66,6 @@ def model_inputs(model: ir.Model) -> list[Input]:
     return [_input(value) for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
-def position_limits(model: ir.Model) -> tuple[int, int]:
-    """The longest sequences that the smallest and the largest learned position table allow.
-
-    Very large when there is none. Positions that are constant, as those of an image's patches, limit nothing.
-    OPT and RoBERTa keep two extra rows in front, which shows in a size such as 514 or 2050.
-    """
-    limits = []
-    for node in model.graph:
-        table = node.inputs[0] if node.op_type == "Gather" else None
-        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
-            continue
-        name, index = original_name(table).lower(), node.inputs[1]
-        is_constant = index is not None and index.const_value is not None
-        if (("position" in name and "relative" not in name) or "wpe" in name.split(".")) and not is_constant:
-            rows = int(table.const_value.shape.numpy()[0])
-            limits.append(rows - 2 if rows % 64 == 2 else rows)
-    return min(limits, default=UNLIMITED), max(limits, default=UNLIMITED)
-
-
-def longest_sequence(model: ir.Model, inputs: Sequence[Input]) -> int:
-    """Tokens from which on a sample cannot run; of an encoder and a decoder, those of the larger table."""
-    smallest, largest = position_limits(model)
-    return largest if any("decoder" in item.name for item in inputs) else smallest
-
-
 def complete(feeds: Arrays, inputs: Sequence[Input]) -> Arrays:
     """``feeds`` with every input of the model, in the model's order; feeds are batches [batch, ...].
 
@@ -85,19 +74,30 @@ def complete(feeds: Arrays, inputs: Sequence[Input]) -> Arrays:
     done = dict(feeds)
     for item in sorted(inputs, key=_making_order):
         if item.name not in done:
-            done[item.name] = _made(item, done)
+            done[item.name] = _made(item, done, inputs)
     return {item.name: done[item.name] for item in inputs}
 
 
-def random_rows(inputs: Sequence[Input], length: int, count: int, seed: int = 0) -> list[Arrays]:
-    """Random rows (one sample each, no batch axis) for the inputs that ``complete`` cannot make."""
+def drawn_inputs(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs that ``complete`` cannot make from others, so that random ones must be drawn."""
+    has_ids = any(item.name.endswith("input_ids") and "decoder" not in item.name for item in inputs)
+    words = _MADE if has_ids else tuple(word for word in _MADE if word != "decoder_input_ids")
+    return [item for item in inputs if not any(word in item.name for word in words)]
+
+
+def random_rows(inputs: Sequence[Input], lengths: Sequence[int], seed: int = 0) -> list[Arrays]:
+    """Random rows (one sample each, no batch axis) of ``lengths`` tokens for the inputs that must be drawn.
+
+    Floats are standard normal. Raises UserError where nothing says how long an axis is.
+    """
     generator = np.random.default_rng(seed)
-    sides: dict[str, int] = {}
-    wanted = [item for item in inputs if not _can_be_made(item)]
-    return [
-        {item.name: _random(generator, item, _row_shape(item, sides, length)) for item in wanted}
-        for _ in range(count)
-    ]
+    wanted = drawn_inputs(inputs)
+    sequences = {item.shape[1] for item in inputs if len(item.shape) == 2 and item.is_discrete}
+    rows = []
+    for length in lengths:
+        sides = {str(size): length for size in sequences if size != UNNAMED}
+        rows.append({item.name: _random(generator, item, _row_shape(item, sides, length)) for item in wanted})
+    return rows
 
 
 def _input(value: ir.Value) -> Input:
@@ -112,8 +112,26 @@ def _input(value: ir.Value) -> Input:
     if dtype.kind == "O":
         hint = "cut off what turns text into numbers, and compile the rest"
         raise UserError(f"input '{value.name}' is text, not numbers", hint=hint)
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return Input(value.name or "", dtype, shape, _vocabulary(value))
+    named = [size if isinstance(size, int) else size.value or UNNAMED for size in value.shape]
+    for axis, size in _sizes_of_weights(value, len(named)):
+        named[axis] = size
+    return Input(value.name or "", dtype, tuple(named), _vocabulary(value))
+
+
+def _sizes_of_weights(value: ir.Value, rank: int) -> Iterator[tuple[int, int]]:
+    """(axis, size) of ``value`` where only the weight that reads it says the size, as of an image's channels."""
+    for node, index in value.uses():
+        weight = node.inputs[1] if index == 0 and len(node.inputs) > 1 else None
+        if node.op_type == "Cast":
+            yield from _sizes_of_weights(node.outputs[0], rank)
+        elif weight is not None and weight.const_value is not None and rank > 1:
+            shape = [int(size) for size in weight.const_value.shape.numpy()]
+            if node.op_type == "Conv":
+                yield 1, shape[1] * node.attributes.get_int("group", 1)
+            elif node.op_type == "MatMul" and len(shape) > 1:
+                yield rank - 1, shape[-2]
+            elif node.op_type in ("LayerNormalization", "RMSNormalization") and len(shape) == 1:
+                yield rank - 1, shape[0]
 
 
 def _vocabulary(value: ir.Value) -> int:
@@ -135,63 +153,69 @@ def _making_order(item: Input) -> int:
     )
 
 
-def _can_be_made(item: Input) -> bool:
-    words = (
-        "mask",
-        "position_ids",
-        "cache_position",
-        "token_type",
-        "segment",
-        "decoder_input_ids",
-        "past",
-        "use_cache",
-    )
-    return any(word in item.name for word in words)
-
-
-def _made(item: Input, feeds: Arrays) -> np.ndarray:
+def _made(item: Input, feeds: Arrays, inputs: Sequence[Input]) -> np.ndarray:
     batch = next((len(array) for array in feeds.values() if array.ndim), 1)
     if item.is_cache:
         return np.zeros(_cache_shape(item, batch), item.dtype)
     if "use_cache" in item.name:
         return np.zeros([size if isinstance(size, int) else 1 for size in item.shape], item.dtype)
     ids = _ids_for(item, feeds)
-    if ids is None or len(item.shape) not in (1, 2):
+    if item.name.endswith("decoder_input_ids") and ids is not None:
+        return np.concatenate([np.zeros_like(ids[:, :1]), ids[:, :-1]], axis=1).astype(item.dtype)
+    shape = _made_shape(item, feeds, inputs)
+    made = _filled(item, shape, feeds) if shape is not None else None
+    if made is None:
         raise UserError(
-            f"input '{item.name}' ({item}) is missing from the calibration data",
-            hint=f"add the key '{item.name}' to the .npz; found: {', '.join(feeds) or 'nothing'}",
+            f"input '{item.name}' ({item}) is missing from the calibration data, and cannot be made",
+            hint=f"give --calib an .npz with the key '{item.name}' too; found: {', '.join(feeds) or 'nothing'}",
         )
-    return _made_from_ids(item, ids, feeds)
+    return made.astype(item.dtype)
 
 
-def _made_from_ids(item: Input, ids: np.ndarray, feeds: Arrays) -> np.ndarray:
-    if item.name.endswith("decoder_input_ids"):
-        start = np.zeros_like(ids[:, :1])
-        return np.concatenate([start, ids[:, :-1]], axis=1).astype(item.dtype)
-    if "mask" in item.name:
-        return np.ones(ids.shape, item.dtype)
-    if len(item.shape) == 1:  # cache_position: one count for the whole batch
-        return np.arange(ids.shape[1], dtype=item.dtype)
-    if "position" in item.name:
-        mask = next(
-            (feeds[name] for name in feeds if "mask" in name and feeds[name].shape == ids.shape), None
-        )
-        counted = np.ones(ids.shape, np.int64) if mask is None else mask.astype(np.int64)
-        return np.maximum(np.cumsum(counted, axis=1) - 1, 0).astype(item.dtype)
+def _made_shape(item: Input, feeds: Arrays, inputs: Sequence[Input]) -> list[int] | None:
+    """The shape of ``item`` beside ``feeds``: sizes of axes by name, else those of the sequence it runs along."""
+    sizes: dict[str, int] = {}
+    for other in inputs:
+        if other.name in feeds:
+            sizes |= zip((str(name) for name in other.shape), feeds[other.name].shape, strict=False)
+    sizes.pop(UNNAMED, None)
+    along = _sequence_for(item, feeds)
+    beside = dict(enumerate(along if len(item.shape) > 1 else along[1:]))
+    shape = [n if isinstance(n, int) else sizes.get(n, beside.get(axis)) for axis, n in enumerate(item.shape)]
+    known = [size for size in shape if size is not None]
+    return known if len(known) == len(shape) else None
+
+
+def _filled(item: Input, shape: list[int], feeds: Arrays) -> np.ndarray | None:
+    if "mask" in item.name:  # a float mask of more axes is added to scores; any other is 1 at what is real
+        return np.zeros(shape) if item.dtype.kind == "f" and len(shape) > 2 else np.ones(shape)
+    if "position" in item.name and len(shape) == 1:  # cache_position: one count for the whole batch
+        return np.arange(shape[0])
+    if "position" in item.name and len(shape) == 2:
+        masks = (array for name, array in feeds.items() if "mask" in name and array.shape == tuple(shape))
+        counted = next(masks, np.ones(shape)).astype(np.int64)
+        return np.maximum(np.cumsum(counted, axis=1) - 1, 0)
     if "token_type" in item.name or "segment" in item.name:
-        return np.zeros(ids.shape, item.dtype)
-    raise UserError(
-        f"input '{item.name}' ({item}) is missing from the calibration data",
-        hint=f"add the key '{item.name}' to the .npz",
-    )
+        return np.zeros(shape)
+    return None
+
+
+def _sequence_for(item: Input, feeds: Arrays) -> tuple[int, ...]:
+    """(batch, length) of what ``item`` runs along: token ids, or a sequence of vectors; empty without either."""
+    ids = _ids_for(item, feeds)
+    if ids is None:
+        ids = next((array for array in feeds.values() if array.ndim == 3 and array.dtype.kind == "f"), None)
+    return () if ids is None else ids.shape[:2]
 
 
 def _ids_for(item: Input, feeds: Arrays) -> np.ndarray | None:
-    """The token ids that ``item`` runs along: the decoder's for ``decoder_...``."""
-    decoder = item.name.startswith("decoder_") and not item.name.endswith("input_ids")
+    """The token ids that ``item`` runs along: the decoder's for ``decoder_...``. A mask may stand for them."""
+    start = item.name.endswith("decoder_input_ids")
+    decoder = item.name.startswith("decoder_") and not start
     names = [name for name, array in feeds.items() if array.ndim == 2 and array.dtype.kind in "iu"]
     ranked = sorted(
-        names, key=lambda name: (("decoder" in name) != decoder, not name.endswith("ids"), "mask" in name)
+        (name for name in names if not (start and "mask" in name)),
+        key=lambda name: (("decoder" in name) != decoder, not name.endswith("ids"), "mask" in name),
     )
     return feeds[ranked[0]] if ranked else None
 
@@ -205,9 +229,30 @@ def _cache_shape(item: Input, batch: int) -> list[int]:
 
 
 def _row_shape(item: Input, sides: dict[str, int], length: int) -> list[int]:
-    """Sizes without the batch axis; a symbolic axis has one size wherever it appears."""
-    usual = _IMAGE_SIDE if len(item.shape) == 4 and item.dtype.kind == "f" else min(_FREE_AXIS, length)
-    return [size if isinstance(size, int) else sides.setdefault(size, usual) for size in item.shape[1:]]
+    """Sizes without the batch axis; ``sides`` holds those of axes by name, and takes in the ones chosen here."""
+    _refuse_unknown(item, sides)
+    shape = []
+    for axis, size in enumerate(item.shape[1:], 1):
+        usual = length if item.dtype.kind == "f" or axis == len(item.shape) - 1 else min(_FREE_AXIS, length)
+        usual = _IMAGE_SIDE if item.is_image else usual
+        if isinstance(size, str):
+            size = usual if size == UNNAMED else sides.setdefault(size, usual)
+        shape.append(size)
+    return shape
+
+
+def _refuse_unknown(item: Input, sides: Mapping[str, int]) -> None:
+    """One free axis of floats can be a sequence, and two an image's sides; any more cannot be guessed."""
+    guessable = item.shape[1:2] if item.is_image else item.shape[1:]
+    unknown = [size for size in guessable if isinstance(size, str) and size not in sides]
+    count = len(set(unknown) - {UNNAMED}) + unknown.count(UNNAMED)
+    follows = any(size in sides for size in item.shape[1:])
+    if item.dtype.kind == "f" and count > (0 if item.is_image or follows else 1):
+        raise UserError(
+            f"no random data can be made for input '{item.name}' ({item}): "
+            f"nothing says how long {' and '.join(dict.fromkeys(unknown))} is",
+            hint=f"give --calib an .npz with the key '{item.name}', or export the model with a fixed size there",
+        )
 
 
 def _random(generator: np.random.Generator, item: Input, shape: list[int]) -> np.ndarray:

@@ -15,21 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration import arrays, text
-from qcompile.calibration.inputs import (
-    UNLIMITED,
-    Input,
-    complete,
-    longest_sequence,
-    model_inputs,
-    position_limits,
-    random_rows,
-)
+from qcompile.calibration.inputs import UNLIMITED, Input, complete, model_inputs, random_rows
+from qcompile.calibration.positions import longest_sequence, position_limits
 from qcompile.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 BUILT_IN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl")
-RANDOM_ROWS = 16
+RANDOM_SAMPLES, RANDOM_LENGTH = 16, 128
+HELD_OUT = 2  # samples that are kept from calibration, to check the result on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +40,9 @@ class Sample:
 class SampleSet:
     """Samples that can be iterated any number of times; files are read again each time, one at a time.
 
-    longest: tokens that the model has positions for
-    warnings_: what the user should know about where the samples come from; is_random: they are made up.
+    longest: tokens that the model has positions for; max_samples: samples at most, each of a whole batch
+    warnings_: what the user should know about where the samples come from; is_random: they are made up
+    held_out: the samples after those, HELD_OUT at most; nothing is calibrated on them
     """
 
     def __init__(
@@ -71,7 +66,13 @@ class SampleSet:
         self._batch = _batch_size(inputs)
         self._mask_input = mask_input(inputs)
         self._can_pad = _can_pad(inputs, self._mask_input)
-        self._length = sum(1 for _ in self)  # reads and checks everything once
+        self._length = 0
+        self.held_out: list[Sample] = []
+        for number, sample in enumerate(self._made(max_samples + HELD_OUT)):  # reads and checks everything once
+            if number < max_samples:
+                self._length += 1
+            else:
+                self.held_out.append(sample)
         if self._length == 0:
             wanted = f"the model takes {self._batch} at a time" if self._batch > 1 else "at least one is needed"
             raise UserError(f"the calibration data holds no complete sample; {wanted}")
@@ -80,13 +81,16 @@ class SampleSet:
         return self._length
 
     def __iter__(self) -> Iterator[Sample]:
-        for number, rows in enumerate(self._batches()):
-            yield self._sample(rows, number)
+        return self._made(self._max_samples)
+
+    def _made(self, count: int) -> Iterator[Sample]:
+        for number, rows in enumerate(itertools.islice(self._batches(), count)):
+            yield self._sample(rows, f"calibration sample {number}")
 
     def _batches(self) -> Iterator[list[Arrays]]:
         """The rows of each sample; those that fill no batch are left out."""
         held: list[Arrays] = []
-        for row in itertools.islice(self._rows(), self._max_samples):
+        for row in self._rows():
             if held and not self._fits(held[0], row):
                 held = []
             held.append(row)
@@ -100,9 +104,9 @@ class SampleSet:
             return False
         return all(first[n].shape == a.shape or (self._can_pad and a.ndim == 1) for n, a in row.items())
 
-    def _sample(self, rows: list[Arrays], number: int) -> Sample:
+    def _sample(self, rows: list[Arrays], where: str) -> Sample:
         feeds = complete(self._stacked(rows), list(self.inputs.values()))
-        arrays.check_feeds(feeds, self.inputs, f"calibration sample {number}", self._longest)
+        arrays.check_feeds(feeds, self.inputs, where, self._longest)
         mask = feeds[self._mask_input].astype(bool) if self._mask_input is not None else None
         return Sample(feeds, mask)
 
@@ -136,7 +140,7 @@ class _Request:
     seed: int
 
 
-def first_samples(samples: Iterable[Any], *, count: int | None = None, tokens: int | None = None) -> Iterator[Any]:
+def first_samples(samples: Iterable[Any], count: int | None = None, *, tokens: int | None = None) -> Iterator[Any]:
     """Samples from the start until they are ``count``, or come to ``tokens`` tokens (padding included).
 
     One at least, where there is one; a sample that exceeds ``tokens`` is not cut.
@@ -147,6 +151,11 @@ def first_samples(samples: Iterable[Any], *, count: int | None = None, tokens: i
         seen += int(np.prod(next(iter(sample.feeds.values())).shape[:2]))
         if number == count or (tokens is not None and seen >= tokens):
             return
+
+
+def proof_samples(samples: Iterable[Any], count: int) -> Iterator[Any]:
+    """``count`` samples to check a result on: those held out from calibration, else the first ones."""
+    return first_samples(getattr(samples, "held_out", None) or samples, count)
 
 
 def load_samples(
@@ -197,11 +206,20 @@ def _default_samples(
             "give --calib with text like yours for better accuracy"
         )
         return samples
-    count = min(request.max_samples, RANDOM_ROWS * _batch_size(inputs))
-    rows = random_rows(inputs, request.limit, count, request.seed)
+    count = min(request.max_samples, RANDOM_SAMPLES)
+    longest = min(request.limit, RANDOM_LENGTH)
+    lengths = _random_lengths(count + HELD_OUT, longest, request.seed)
+    rows = random_rows(inputs, np.repeat(lengths, _batch_size(inputs)).tolist(), request.seed)
     what = "token ids" if _token_input(inputs) is not None else "inputs"
     warning = f"no calibration data given: random {what} are used, so the ranges mean little; give --calib"
-    return SampleSet(lambda: iter(rows), inputs, warnings_=[warning], is_random=True)
+    return SampleSet(lambda: iter(rows), inputs, max_samples=count, warnings_=[warning], is_random=True)
+
+
+def _random_lengths(count: int, longest: int, seed: int) -> np.ndarray:
+    """Every other sample is as long as can be, since ranges grow with the length; the rest are shorter."""
+    lengths = np.random.default_rng(seed).integers(min(2, longest), longest + 1, count)
+    lengths[::2] = longest
+    return lengths
 
 
 def _text_samples(
@@ -216,7 +234,8 @@ def _text_samples(
     encoder = text.load_tokenizer(tokenizer)
     as_windows = _predicts_tokens(model, inputs) and not text.is_framed(encoder)
     read = text.windows if as_windows else text.lines
-    tokens = read(encoder, calib, request.limit, request.max_samples)
+    count = (request.max_samples + HELD_OUT) * _batch_size(inputs)
+    tokens = read(encoder, calib, request.limit, count)
     if not tokens:
         hint = "headings and very short lines are left out; give sentences"
         raise UserError("the calibration text holds no usable line", where=str(calib), hint=hint)

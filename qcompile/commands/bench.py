@@ -88,23 +88,21 @@ def random_feeds(model: Path, batch: int, length: int) -> Arrays:
     import numpy as np
     import onnx_ir as ir
 
-    from qcompile.calibration.inputs import complete, model_inputs, random_rows
+    from qcompile.calibration.inputs import complete, drawn_inputs, model_inputs
 
     try:
         inputs = model_inputs(ir.load(model))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read '{model}': {error}", hint="is it an ONNX file?") from error
     generator = np.random.default_rng(0)
-    by_name = {item.name: item for item in inputs}
     drawn = {}
-    for name in random_rows(inputs, length, 1)[0]:  # what cannot be made from the others
-        item = by_name[name]
+    for item in drawn_inputs(inputs):
         sides = [side if isinstance(side, int) else length for side in item.shape[1:]]
         shape = [item.shape[0] if isinstance(item.shape[0], int) else batch, *sides]
         if item.is_discrete:
-            drawn[name] = generator.integers(0, item.vocabulary or 2, shape).astype(item.dtype)
+            drawn[item.name] = generator.integers(0, item.vocabulary or 2, shape).astype(item.dtype)
         else:
-            drawn[name] = generator.standard_normal(shape).astype(item.dtype)
+            drawn[item.name] = generator.standard_normal(shape).astype(item.dtype)
     return complete(drawn, inputs)
 
 

@@ -67,6 +67,11 @@ def test_the_digest_tells_samples_apart() -> None:
 def test_random_data_follows_the_seed() -> None:
     def drawn(seed: int) -> np.ndarray:
         samples, _ = take_samples(masked_model("codes"), None, None, 4, 8, seed)
-        return np.concatenate([sample.feeds["x"] for sample in samples])
+        return np.concatenate([sample.feeds["x"] for sample in samples], axis=1)
 
     assert np.array_equal(drawn(3), drawn(3)) and not np.array_equal(drawn(3), drawn(4))
+
+
+def test_the_manifest_counts_what_was_held_out() -> None:
+    _, described = take_samples(masked_model("codes"), None, None, 4, 8)
+    assert described == {"kind": "random", "samples": 4, "held_out": 2, "max_length": 8}

@@ -11,7 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile.calibration.samples import BUILT_IN_TEXT, Sample, SampleSet, first_samples, load_samples
+from qcompile.calibration.samples import (
+    BUILT_IN_TEXT,
+    Sample,
+    SampleSet,
+    first_samples,
+    load_samples,
+    proof_samples,
+)
 from qcompile.errors import UserError
 
 VOCABULARY = 50
@@ -106,15 +113,6 @@ def test_a_sample_longer_than_the_position_table_is_refused(rows: int, longest: 
     words = refusal(model(IDS, MASK, positions=rows), path, None)
     assert f"'input_ids' has {longest + 1} tokens, but the model's position table allows {longest}" in words
     assert "calibration sample 0" in words
-
-
-def test_constant_positions_limit_nothing(tmp_path: Path) -> None:
-    path = npz(tmp_path / "c.npz", input_ids=np.ones((1, 20), np.int64))
-    patches = model(IDS, positions=10)
-    assert "position table allows 10" in refusal(patches, path, None)
-    gathers = [node for node in patches.graph if node.op_type == "Gather"]
-    gathers[-1].replace_input_with(1, ir.val("p", const_value=ir.tensor(np.arange(10))))
-    assert shapes(load_samples(patches, path, None)) == [(1, 20)]
 
 
 def test_an_encoder_may_be_longer_than_its_decoder(tmp_path: Path) -> None:
@@ -307,9 +305,117 @@ def test_random_data_fits_the_inputs_and_is_the_same_every_time() -> None:
 
 def test_random_token_ids_stay_in_the_vocabulary() -> None:
     samples = load_samples(model(IDS, MASK), None, None)
-    ids = np.concatenate([sample.feeds["input_ids"] for sample in samples])
+    ids = np.concatenate([sample.feeds["input_ids"] for sample in samples], axis=1)
     assert ids.min() >= 0 and ids.max() < VOCABULARY and len(np.unique(ids)) > 10
     assert "random token ids" in samples.warnings_[0]
+
+
+@pytest.mark.parametrize(("positions", "length", "longest"), [(0, 512, 128), (40, 512, 40), (40, 20, 20)])
+def test_random_samples_are_as_long_as_may_be_and_shorter(positions: int, length: int, longest: int) -> None:
+    lengths = [n for _, n in shapes(load_samples(model(IDS, MASK, positions=positions), None, None, 128, length))]
+    assert len(lengths) == 16 and lengths.count(longest) >= 8
+    assert min(lengths) < longest and len(set(lengths)) > 4
+
+
+def test_random_rows_fill_a_static_batch() -> None:
+    samples = load_samples(model(("input_ids", INT, [4, "sequence"])), None, None, max_samples=3)
+    found = shapes(samples)
+    assert len(found) == 3 and {batch for batch, _ in found} == {4} and found[0] == (4, 128)
+    assert [sample.feeds["input_ids"].shape[0] for sample in samples.held_out] == [4, 4]
+
+
+def random_feeds(*ports: Port) -> dict[str, np.ndarray]:
+    """The first sample, which is 128 tokens long."""
+    return dict(next(iter(load_samples(model(*ports), None, None))).feeds)
+
+
+def test_random_vectors_come_with_their_mask_and_positions() -> None:
+    embeds = ("inputs_embeds", FLOAT, ["batch", "sequence", 6])
+    feeds = random_feeds(MASK, embeds, ("position_ids", INT, ["batch", "places"]))
+    assert feeds["inputs_embeds"].shape == (1, 128, 6) and abs(feeds["inputs_embeds"].std() - 1) < 0.2
+    assert feeds["attention_mask"].tolist() == [[1] * 128]
+    assert feeds["position_ids"].tolist() == [list(range(128))]
+
+
+def test_masks_follow_the_names_of_axes() -> None:
+    image = ("pixel_values", FLOAT, ["batch", 3, "height", "width"])
+    feeds = random_feeds(image, ("pixel_mask", INT, ["batch", "height", "width"]))
+    assert feeds["pixel_mask"].shape == (1, 224, 224) and feeds["pixel_mask"].all()
+    frames = ("input_features", FLOAT, ["batch", 80, "frames"])
+    feeds = random_feeds(frames, ("attention_mask", INT, ["batch", "frames"]))
+    assert feeds["input_features"].shape == (1, 80, 128) and feeds["attention_mask"].shape == (1, 128)
+    feeds = random_feeds(IDS, ("causal_mask", FLOAT, ["batch", 1, "sequence", "sequence"]))
+    assert feeds["causal_mask"].shape == (1, 1, 128, 128) and not feeds["causal_mask"].any()  # added to scores
+
+
+def test_a_decoder_without_ids_to_shift_gets_random_ones() -> None:
+    frames, decoder = ("input_features", FLOAT, ["batch", 80, 30]), ("decoder_input_ids", INT, ["batch", "written"])
+    feeds = random_feeds(frames, decoder, ("attention_mask", INT, ["batch", 30]))
+    assert feeds["decoder_input_ids"].shape == (1, 128) and feeds["attention_mask"].shape == (1, 30)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        (["batch", "sequence", "hidden"], "hidden"),
+        (["batch", None, None, 8], "?"),
+        (["batch", "channels", "height", "width"], "channels"),
+    ],
+)
+def test_a_size_that_nothing_says_is_asked_for(shape: list[Any], sizes: str) -> None:
+    words = refusal(model(MASK, ("values", FLOAT, shape)), None, None)
+    assert "no random data can be made for input 'values' (float32 [batch, " in words
+    assert f"nothing says how long {sizes} is" in words and "give --calib an .npz with the key 'values'" in words
+
+
+@pytest.mark.parametrize(
+    ("operator", "weight", "shape", "found"),
+    [
+        ("MatMul", (6, 9), ["batch", "sequence", "hidden"], (1, 128, 6)),
+        ("LayerNormalization", (6,), ["batch", None, None], (1, 128, 6)),
+        ("Conv", (9, 4, 2, 2), ["batch", "channels", 8, 8], (1, 4, 8, 8)),
+    ],
+)
+def test_the_weight_that_reads_an_axis_says_its_size(
+    operator: str, weight: tuple[int, ...], shape: list[Any], found: tuple[int, ...]
+) -> None:
+    loaded = model(("values", FLOAT, shape))
+    value = ir.val("w", const_value=ir.tensor(np.zeros(weight, np.float32)))
+    loaded.graph.append(ir.node(operator, [loaded.graph.inputs[0], value]))
+    assert shapes(load_samples(loaded, None, None), "values")[0] == found
+
+
+def test_axes_without_a_name_may_differ(tmp_path: Path) -> None:
+    pair = (("input_ids", INT, [None, None]), ("labels", INT, [None, None]))
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((1, 4), int), labels=np.ones((1, 2), int))
+    (sample,) = load_samples(model(*pair), path, None)
+    assert [array.shape for array in sample.feeds.values()] == [(1, 4), (1, 2)]
+
+
+# --------------------------------------------------------------------------- held out
+
+
+def ids_of(samples: Any) -> list[int]:
+    return [int(sample.feeds["input_ids"][0, 0]) for sample in samples]
+
+
+@pytest.mark.parametrize(("count", "held"), [(3, [3, 4]), (5, [5]), (6, [])])
+def test_what_is_not_calibrated_on_is_held_out(count: int, held: list[int], tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.arange(6)[:, None].repeat(4, 1))
+    samples = load_samples(model(IDS), path, None, max_samples=count)
+    assert ids_of(samples) == list(range(count)) and ids_of(samples.held_out) == held
+    assert ids_of(proof_samples(samples, 2)) == (held or [0, 1])
+    assert ids_of(proof_samples(list(samples), 2)) == [0, 1]
+
+
+def test_text_and_random_data_hold_samples_out(tmp_path: Path) -> None:
+    lines = text(tmp_path, "".join(f"{letter * 10}\n" for letter in "abcdef"))
+    samples = load_samples(model(IDS), lines, tokenizer(tmp_path), max_samples=3)
+    assert ids_of(samples) == [4, 5, 6] and ids_of(samples.held_out) == [7, 8]
+    drawn = load_samples(model(IDS), None, None, max_samples=3)
+    kept = {sample.feeds["input_ids"].tobytes() for sample in drawn}
+    assert len(kept | {sample.feeds["input_ids"].tobytes() for sample in drawn.held_out}) == 5
+    assert len(drawn) == 3
 
 
 # --------------------------------------------------------------------------- inputs that are made

@@ -71,7 +71,7 @@ def bench(
     with Workspace() as workspace:
         loaded = load_onnx(model, workspace) if isinstance(model, Path) else model
         remember(loaded)
-        given = list(samples) or list(load_samples(loaded, None, None, max_samples=4))
+        given = list(samples) or list(load_samples(loaded, None, None, max_samples=4, max_length=16))
         target, runner = Target("plain", "onnxruntime", ""), OrtRunner(workspace, threads=1)
         ctx = Context(workspace, Ledger(), by_name(recipe), target, given, runner)
         found = Bench(loaded, ctx)

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 import qcompile
 from qcompile import driver, manifest, publish, recipe
 from qcompile.errors import GateError, UserError
+from qcompile.instruments import Verify
 from qcompile.pipeline import IrPass
 from tests.surface.plain import Plain, feeds, write_model
 
@@ -289,6 +290,66 @@ def test_weights_that_are_not_finite_are_named_before_any_sample(number: float, 
     value.const_value = ir.tensor(weight, name="up.weight")
     with pytest.raises(UserError, match=rf"the weight 'up\.weight' holds {number} at \[3, 5\]"):
         compile_float(loaded)
+
+
+def embedded(width: int | str) -> ir.Model:
+    """inputs_embeds [batch, seq, ``width``] * attention_mask, plus a constant of width 4, twice."""
+    value = helper.make_tensor_value_info
+    inputs = [
+        value("inputs_embeds", TensorProto.FLOAT, ["batch", "seq", width]),
+        value("attention_mask", TensorProto.INT64, ["batch", "seq"]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
+        helper.make_node("Mul", ["inputs_embeds", "column"], ["masked"]),
+        helper.make_node("Add", ["masked", "offset"], ["shifted"]),
+        helper.make_node("MatMul", ["shifted", "weight"], ["y"], "fc"),
+    ]
+    weights = {"last": np.array([2]), "offset": np.ones(4, np.float32), "weight": np.eye(4, dtype=np.float32)}
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "embedded", inputs, [value("y", TensorProto.FLOAT, ["batch", "seq", 4])], held)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+
+def test_vectors_with_a_mask_compile_on_random_data() -> None:
+    with compile_float(embedded(4), recipe="w8a8_static", calibration=None) as result:
+        assert result.manifest["calibration"]["held_out"] == 2
+        assert result.report["end_to_end"]["samples"] == 2
+        assert result.report["end_to_end"]["sqnr_db"] > 30
+
+
+def test_sizes_that_do_not_go_together_are_shown() -> None:
+    given = {"inputs_embeds": np.ones((1, 3, 5), np.float32), "attention_mask": np.ones((1, 3), np.int64)}
+    with pytest.raises(UserError, match="cannot run the model") as caught:
+        compile_float(embedded("width"), calibration=[given])
+    assert caught.value.where == "the float model on inputs_embeds float32 [1, 3, 5], attention_mask int64 [1, 3]"
+    assert caught.value.hint == "do its sizes go together in this model?"
+
+
+def test_guessed_sizes_that_do_not_run_are_said_to_be_guesses() -> None:
+    model = embedded("width")
+    model.graph.inputs[0].shape = ir.Shape(["batch", 7, "width"])
+    model.graph.inputs[1].shape = ir.Shape(["batch", 7])
+    with pytest.raises(UserError, match="cannot run the model") as caught:
+        compile_float(model, calibration=None)
+    assert "inputs_embeds float32 [1, 7, 128]" in caught.value.where and "guesses" in caught.value.hint
+
+
+def test_proofs_are_made_on_samples_that_nothing_was_calibrated_on(model: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watch(self: Plain, loaded: ir.Model, ctx: Any) -> int:
+        seen.extend(int(sample.feeds["input_ids"][0, 0]) for sample in Verify().some(ctx))
+        seen.extend(int(sample.feeds["input_ids"][0, 0]) for sample in ctx.samples)
+        return 0
+
+    ids = np.arange(6)[:, None].repeat(4, 1)
+    np.savez(tmp_path / "c.npz", input_ids=ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plain, "lower", watch)
+        compile_float(model, calibration=tmp_path / "c.npz", max_samples=3).close()
+    assert seen == [3, 4, 0, 1, 2]
 
 
 def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
