@@ -2,10 +2,10 @@
 
 rewrite:  linear(norm(x), W, b)  ->  linear((norm(x) - z) / s, W * s, b + W @ z)
           z_j = (max_j + min_j) / 2,  s_j = max(1, max|x_j - z_j| / t), one t for each site by search
-          family=auto: also s_j = size_j^a / max|W_j|^(1-a), kept only where it beats every threshold
+          family=auto: also s_j = size_j^a / |W_j|^(1-a), kept only where it beats every threshold
 needs:    per-channel ranges of norm(x); W constant; every reader a linear, or one that can get x * s + z
 ensures:  equal to 1e-5; never worse on its own objective than leaving the site alone; no node is added where
-          the norm has a bias and no reader but linears
+          the norm has a bias and no reader but linears (a tied head: one after its embedding)
 source:   arXiv 2304.09145, Eq. 1-8, Algorithm 1
 """
 
@@ -101,7 +101,7 @@ class OsPlus(Transform):
         if self.family == "threshold":
             return found
         size = reach if objective.is_static else _largest(rows, objective.energy(centre[rows]))
-        weight = _largest(rows, objective.weight_absmax)
+        weight = _largest(rows, objective.weight_size)
 
         def power(exponent: float) -> tuple[np.ndarray, np.ndarray]:
             return power_scale(size, weight, exponent), centre
@@ -114,10 +114,10 @@ class OsPlus(Transform):
 
 
 def power_scale(size: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
-    """s_j = size_j^a / max|W_j|^(1 - a), geometric mean one; unused channels (no size, no weight) stay.
+    """s_j = size_j^a / |W_j|^(1 - a), geometric mean one; unused channels (no size, no weight) stay.
 
-    SmoothQuant's form (arXiv 2211.10438, Eq. 4). ``size`` is the largest magnitude where one range serves all tokens,
-    and the root mean square of length-one tokens where each token has its own.
+    SmoothQuant's form (arXiv 2211.10438, Eq. 4), with the root mean square of the row W_j. ``size`` is the largest
+    magnitude where one range serves all tokens, and the root mean square of length-one tokens where each has its own.
     """
     used = (size > 0) & (weight > 0)
     logs = exponent * np.log(np.where(used, size, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))

@@ -90,7 +90,7 @@ class Recipe(BaseModel):
 
 
 EMBEDDING = WeightScheme(bits=8, granularity="per_channel")
-PER_TOKEN_8 = ActivationScheme(bits=8, granularity="per_token", symmetric=True)
+PER_TOKEN_8 = ActivationScheme(bits=8, granularity="per_token")
 
 
 def by_name(name: str) -> Recipe:

@@ -19,6 +19,7 @@ from qcompile.graph.sites import ATTENTIONS, Linear, Site, find_linears
 from qcompile.quant.numerics import affine_from_range, fake_quantize, fake_quantize_per_token, fake_quantize_weight
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 
+MOST_COLUMNS = 8192  # of a linear that are looked at
 MAX_REGION = 400  # nodes; a larger region is not the inside of one block
 
 
@@ -163,14 +164,11 @@ class Objective:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        self._w = np.concatenate([linear.w for linear in self.linears], axis=1)
-        sizes = [linear.w.shape[1] for linear in self.linears]
-        self._columns = np.cumsum(sizes)[:-1]
-        biases = [
-            b if (b := linear.bias) is not None else np.zeros(n, np.float32)
-            for linear, n in zip(self.linears, sizes, strict=True)
-        ]
-        self._b = np.concatenate(biases)
+        steps = [1 if self.region is not None else -(-linear.columns // MOST_COLUMNS) for linear in self.linears]
+        found = [_sampled(linear, step) for linear, step in zip(self.linears, steps, strict=True)]
+        self._w = np.concatenate([w for w, _ in found], axis=1)
+        self._b = np.concatenate([b for _, b in found])
+        self._columns = np.cumsum([b.size for _, b in found])[:-1]
         self._shapes = [x.shape[:-1] for x in self.x]
         counts = [int(np.prod(shape)) for shape in self._shapes]
         self._tokens = sum(n if mask is None else int(mask.sum()) for n, mask in zip(counts, self.masks, strict=True))
@@ -218,18 +216,26 @@ class Objective:
         return self.activations is not None and not self.activations.dynamic
 
     @property
-    def weight_absmax(self) -> np.ndarray:
-        """Largest magnitude in every row of W: (channels,)."""
-        largest: np.ndarray = np.abs(self._w).max(axis=1)
-        return largest
+    def weight_size(self) -> np.ndarray:
+        """Root mean square of every row of W: (channels,)."""
+        root: np.ndarray = np.sqrt(np.square(self._w).mean(axis=1))
+        return root
 
     def _weigh(self) -> list[list[np.ndarray]]:
-        """Each token's weight: 1 / (its squared norm + the median one), so that no sink token owns the sum."""
+        """Each token's weight: 1 / (its squared norm + the median one) + 1 / the mean squared norm.
+
+        The first part keeps a sink token, thousands of times the others' size, from owning the sum; the second
+        keeps it from being lost in it, for all later tokens attend to it.
+        """
         norms = [[_token_squares(t) for t in found] for found in self._target]
         if not self.relative:
             return [[np.ones_like(n) for n in found] for found in norms]
-        middles = [float(np.median(np.concatenate(parts))) for parts in zip(*norms, strict=True)]
-        return [[1 / np.maximum(n + m, 1e-20) for n, m in zip(found, middles, strict=True)] for found in norms]
+        joined = [np.concatenate(parts) for parts in zip(*norms, strict=True)]
+        sizes = [(float(np.median(n)), max(float(n.mean()), 1e-20)) for n in joined]
+        return [
+            [1 / np.maximum(n + middle, 1e-20) + 1 / mean for n, (middle, mean) in zip(found, sizes, strict=True)]
+            for found in norms
+        ]
 
     def _quantized(self, x: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray:
         scheme = self.activations
@@ -254,6 +260,13 @@ class Objective:
                 feeds[name] = columns.reshape(*shape, -1)
             results.append(self._session.run(None, feeds))
         return results
+
+
+def _sampled(linear: Linear, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """W and b, every ``step``-th column: some thousand logits speak for a vocabulary."""
+    bias = linear.bias
+    b = np.zeros(linear.columns, np.float32) if bias is None else bias
+    return linear.w[:, ::step], b[::step]
 
 
 def _token_squares(values: np.ndarray) -> np.ndarray:

@@ -103,7 +103,7 @@ def _objective(
     ctx: Context, site: Site, name: str, region: Region | None, runs: list[tuple[object, dict[str, np.ndarray]]]
 ) -> Objective:
     """``name`` is what the linears' input was called when ``runs`` were made."""
-    rule = ctx.recipe.rule("linear", site.linears[0].name)
+    rule = ctx.recipe.for_linear(site.linears[0])
     x = [values[name] for _, values in runs]
     extra_names = region.extra if region is not None else []
     now = (as_linear(linear.node) for linear in site.linears)  # a fold of another site may have added a bias

@@ -58,7 +58,7 @@ class Transform(Pass):
         return sum(self._apply(model, site, found, ctx, seen[id(site)]) for site, found in chosen)
 
     def _legal(self, site: Site, ctx: Context) -> bool:
-        rule = ctx.recipe.rule("linear", site.linears[0].name)
+        rule = ctx.recipe.for_linear(site.linears[0])
         reason = obstacle(site, self.how())
         if rule is None or rule.activations is None:
             reason = "activations stay float in this recipe, so nothing is gained"

@@ -19,7 +19,7 @@ from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer, own_initializer, replace_constant
 from qcompile.graph.functions import is_op
 from qcompile.graph.linears import Linear, as_experts, as_linear
-from qcompile.graph.sites import Other, Site
+from qcompile.graph.sites import Other, Site, table_readers
 from qcompile.graph.workspace import Workspace
 
 
@@ -37,9 +37,10 @@ def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, work
         raise UserError("a shift would need a bias for each expert", where=site.name, hint="scale only")
     carrier = _produce(model, site, s, z, workspace)
     s_in, z_in = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
-    for linear in map(_renewed, (*site.linears, *site.experts)):
-        compensate(model, linear, s_in, z_in, workspace)
-    return int(carrier is not site.tensor) + _restore_others(model, site, carrier, s, z, workspace)
+    added = sum(
+        compensate(model, linear, s_in, z_in, workspace) for linear in map(_renewed, (*site.linears, *site.experts))
+    )
+    return added + int(carrier is not site.tensor) + _restore_others(model, site, carrier, s, z, workspace)
 
 
 def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, workspace: Workspace) -> int:
@@ -52,22 +53,45 @@ def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, wo
     if site.kind == "q_k" or site.experts or len({id(linear.x) for linear in site.linears}) != 1:
         raise UserError("readers see the tensor through different views", where=site.name, hint="fold instead")
     changed = _affine_nodes(model, site.linears[0].x, 1 / s, -z / s, workspace)
+    added = 2 if z.any() else 1
     for linear in map(_renewed, site.linears):
         linear.node.replace_input_with(0, changed)
-        compensate(model, linear, s, z, workspace)
-    return 2 if z.any() else 1
+        added += compensate(model, linear, s, z, workspace)
+    return added
 
 
-def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> None:
-    """W' = diag(s) W and b' = b + z W for one reader; a missing bias is made when z is not zero."""
-    w = np.asarray(linear.w, np.float64)
+def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> int:
+    """W' = diag(s) W and b' = b + z W for one reader; a missing bias is made when z is not zero.
+
+    A tied head keeps sharing its table: what the embedding looks up is divided by s. Returns the inserted nodes.
+    """
     if z.any():
         if linear.chosen:
             raise UserError("a shift would need a bias for each expert", where=linear.name, hint="scale only")
-        _add_bias(model, linear, z @ w, workspace)
+        _add_bias(model, linear, z @ np.asarray(linear.w, np.float64), workspace)
     node, index = linear.holder
-    w = w * s[:, None]
-    _store(model, node, index, w.T if linear.transposed else w, workspace)
+    if not linear.transposed:
+        _store(model, node, index, np.asarray(linear.w, np.float64) * s[:, None], workspace)
+        return 0
+    table = linear.w.T
+    scaled = np.multiply(table, s, out=np.empty_like(table), dtype=np.float64, casting="same_kind")
+    replace_constant(linear.weight, _cast(scaled, linear.weight), workspace)
+    return _divide_lookups(model, linear, s, workspace)
+
+
+def _divide_lookups(model: ir.Model, head: Linear, s: np.ndarray, workspace: Workspace) -> int:
+    lookups = table_readers(head)
+    if lookups is None:
+        raise ContractError("more than lookups and this head read its table", where=head.name)
+    for node in lookups:
+        rows = node.outputs[0]
+        uses = list(rows.uses())
+        restored = _affine_nodes(model, rows, 1 / s, np.zeros_like(s), workspace)
+        for use in uses:
+            use.node.replace_input_with(use.idx, restored)
+        if rows.is_graph_output():
+            _become_output(model, rows, restored)
+    return len(lookups)
 
 
 def scale_columns(
@@ -230,10 +254,13 @@ def _renewed(linear: Linear) -> Linear:
 
 
 def _store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, workspace: Workspace) -> None:
+    owned = own_initializer(model, node, index)
+    replace_constant(owned, _cast(array, owned), workspace)
+
+
+def _cast(array: np.ndarray, value: ir.Value) -> np.ndarray:
     with np.errstate(over="ignore"):
-        cast = array.astype(np.float32)
+        cast = array.astype(np.float32, copy=False)
     if not np.isfinite(cast).all():
-        value = node.inputs[index]
-        name = value.name if value is not None else node.name
-        raise UserError(f"folding makes '{name}' non-finite", hint="the site's scale is too large")
-    replace_constant(own_initializer(model, node, index), cast, workspace)
+        raise UserError(f"folding makes '{value.name}' non-finite", hint="the site's scale is too large")
+    return cast

@@ -114,6 +114,15 @@ def readers(value: ir.Value, linears: dict[int, Linear]) -> tuple[list[Linear], 
     return found, others
 
 
+def table_readers(head: Linear) -> list[ir.Node] | None:
+    """The lookups that share a tied head's table; None when it has any other reader."""
+    uses = [use for use in head.weight.uses() if use.node is not head.holder[0]]
+    lookups = [use.node for use in uses if is_op(use.node, "Gather") and use.idx == 0]
+    whole_rows = all(match.int_attribute(node, "axis", 0) == 0 for node in lookups)
+    alone = match.only_consumer(head.holder[0].outputs[0]) is head.node and head.weight.is_initializer()
+    return lookups if len(lookups) == len(uses) and whole_rows and alone else None
+
+
 def _keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
     if index != 0:
         return False
@@ -176,13 +185,13 @@ class _Finder:
         found, others = readers(tensor, self._readers)
         linears = tuple(linear for linear in found if not linear.chosen)
         experts = tuple(linear for linear in found if linear.chosen)
-        if not [linear for linear in found if not linear.is_head]:
+        if not found:
             return
         reason = ""
         if any(constant_array(v) is None for v in node.inputs[1:]):
             reason = "gamma or beta is computed at run time"
-        elif any(linear.transposed for linear in found):
-            reason = "a reader is the tied head, whose table is the embedding"
+        elif any(linear.transposed and table_readers(linear) is None for linear in found):
+            reason = "a reader is the tied head, and more than lookups and this head read its table"
         elif not linears:
             reason = "every reader is an expert chosen for each token"
         yield Site("norm", layer_name(node), tensor, node, linears or experts, tuple(others), reason=reason,

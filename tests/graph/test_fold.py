@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qcompile.errors import ContractError, UserError
-from qcompile.graph.edits import constant_array
+from qcompile.graph.edits import constant_array, is_tied
 from qcompile.graph.fold import fold, insert
 from qcompile.graph.sites import describe, find_sites
 from qcompile.graph.workspace import Workspace
@@ -81,10 +81,23 @@ def test_inserted_instead_of_folded(name: str, library: Library, workspace: Work
 
 
 def test_layer_norms_that_feed_only_linears_need_no_node(library: Library, workspace: Workspace) -> None:
+    """But a tied head: what its table looks up is divided again, and the shift gives it a bias."""
     model = library.architecture("gpt2").load(workspace)
     before = operators(model)
     fold_all(model, workspace, ("norm",))
-    assert operators(model) == before
+    assert operators(model) == before | {"Mul": before["Mul"] + 1, "Add": before["Add"] + 1}
+
+
+def test_a_tied_head_and_its_embedding_keep_one_table(library: Library, workspace: Workspace) -> None:
+    canonical = library.architecture("gpt2")
+    model = canonical.load(workspace)
+    (site,) = (site for site in find_sites(model) if site.linears[0].is_head)
+    table = site.linears[0].weight
+    before = np.array(constant_array(table))
+    fold(model, site, np.linspace(0.5, 2, site.channels), np.zeros(site.channels), workspace)
+    after = constant_array(table)
+    assert is_tied(table) and after is not None and not np.array_equal(before, after)
+    assert difference(session(canonical.path), session(workspace.save(model, "tied"))) <= TOLERANCE
 
 
 # --------------------------------------------------------------------------- more that breaks tools

@@ -211,7 +211,7 @@ def test_a_tied_head_and_its_embedding_are_one_table_of_codes(recipe: str) -> No
         (table,) = operators(found.model, "DequantizeLinear")
         assert held(table, 0).shape == (1100, 64) and held(table, 1).shape == (1100,)
         assert {user.op_type for user, _ in table.outputs[0].uses()} == {"Gather", "Transpose"}
-        assert bool(operators(found.model, "FakeQuantizePerTokenSymmetric")) == (recipe == "w8a8_static")
+        assert bool(operators(found.model, "FakeQuantizePerToken")) == (recipe == "w8a8_static")
         assert "wte" not in found.model.graph.initializers and entry.rewrites == 1
         assert error(before, found.outputs()) < 0.02
 
@@ -330,7 +330,7 @@ def test_every_observer_quantises_a_model(observer: str) -> None:
     scheme = ActivationScheme.model_validate({"bits": 8, "observer": observer})
     recipe = Recipe(name=observer, rules=(Rule(weights=WeightScheme(bits=8), activations=scheme),))
     with quantised(cached_export("bert"), recipe) as (found, _, before):
-        assert error(before, found.outputs()) < 0.3
+        assert error(before, found.outputs()) < 0.35
 
 
 def test_channel_groups_beat_one_range_where_channels_differ() -> None:
