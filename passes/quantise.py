@@ -22,7 +22,7 @@ import onnx_ir as ir
 from qcompile.calibration.draft import Choice, Draft
 from qcompile.calibration.metric import Metric
 from qcompile.calibration.ranges import calibrate
-from qcompile.calibration.sensitivity import broken_exceptions, choose_alpha, hold_gate, rank
+from qcompile.calibration.sensitivity import choose_alpha, hold_gate, likely_exceptions, rank
 from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
@@ -77,15 +77,17 @@ class Quantise(Pass):
         if ctx.max_drop is None:
             alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, draft.choice, self.alpha_samples)
             return draft.choice, alpha
-        ranked = rank(ctx, draft, 1.0)
         readers = draft.readers()
+        gate = _last(ctx, self.gate_samples)
+        metric = Metric(ctx, draft.model, gate)
+        ranking = rank(ctx, draft, metric, gate)
         ctx.ledger.current.facts["sensitivity"] = [
-            {"activation": item.name, "linears": readers.get(item.name, []), "damage": item.damage} for item in ranked
+            {"activation": name, "linears": readers.get(name, []), "damage": damage}
+            for name, damage in ranking.damage.items()
         ]
-        sound = draft.choice.with_activation(broken_exceptions(draft, ranked), readers)
+        sound = draft.choice.with_activation(likely_exceptions(draft, ranking, ctx.max_drop), readers)
         alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
-        metric = Metric(ctx, draft.model, _last(ctx, self.gate_samples))
-        return hold_gate(ctx, draft, ranked, metric, alpha, ctx.max_drop), alpha
+        return hold_gate(ctx, draft, ranking, metric, alpha, ctx.max_drop), alpha
 
     def _calibrate(self, ctx: Context, draft: Draft) -> None:
         choice = draft.choice

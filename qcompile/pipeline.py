@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -62,6 +63,10 @@ class Runner(Protocol):
     def stream(
         self, model: ir.Model, samples: Iterable[Any], fetch: Sequence[str], label: str = ""
     ) -> Iterator[tuple[Any, Arrays]]: ...
+
+    def opened(
+        self, model: ir.Model, fetch: Sequence[str]
+    ) -> AbstractContextManager[Callable[[Arrays], Arrays]]: ...
 
 
 @dataclasses.dataclass(frozen=True)

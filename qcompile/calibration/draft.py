@@ -24,6 +24,7 @@ from qcompile.graph.qdq import (
     quantize_per_token,
     quantize_static,
     quantize_table,
+    switch,
     table_of,
 )
 from qcompile.graph.sites import ATTENTIONS, Linear, find_embeddings, find_experts, find_linears
@@ -34,6 +35,8 @@ from qcompile.recipe import Op, Recipe
 
 SMALL_TABLE = 1 << 16  # elements; a smaller embedding is not worth codes
 NOTHING = np.zeros(0, np.int64)
+SWITCHES = "qcompile.switches"
+Steps = Mapping[str, ActivationScheme | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +102,29 @@ class Draft:
         self.apply(clone, choice or self.choice, alpha)
         return clone
 
+    def build_switched(self, alpha: float, steps: Steps) -> ir.Model:
+        """A quantised clone with one more input, SWITCHES, bool (len(steps)).
+
+        Where it is set, the activation of that place in ``steps`` has the scheme given there (None: float). Weights
+        stay as they are.
+        """
+        clone = self.model.clone()
+        flags = ir.Value(name=SWITCHES, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([len(steps)]))
+        clone.graph.inputs.append(flags)
+        with naming(clone):
+            self._apply(clone, self.choice, alpha, steps)
+        return clone
+
     def apply(self, model: ir.Model, choice: Choice, alpha: float) -> int:
         """Write ``choice`` into ``model``; returns the number of linears and tables quantised."""
         with naming(model):
-            return self._apply(model, choice, alpha)
+            return self._apply(model, choice, alpha, {})
 
-    def _apply(self, model: ir.Model, choice: Choice, alpha: float) -> int:
+    def _apply(self, model: ir.Model, choice: Choice, alpha: float, steps: Steps) -> int:
         linears = find_linears(model.graph)
         tables = self._tables(model, choice)
         count = sum(self._weight(model, linear, choice) for linear in linears if not linear.transposed)
-        self._activations(model, linears, choice, alpha)
+        self._activations(model, linears, choice, alpha, steps)
         for node in list(model.graph):
             scheme = choice.attention.get(str(node.outputs[0].name)) if is_op(node, *ATTENTIONS) else None
             if scheme is not None:
@@ -216,28 +232,56 @@ class Draft:
             count += 1
         return count
 
-    def _activations(self, model: ir.Model, linears: list[Linear], choice: Choice, alpha: float) -> None:
+    def _activations(
+        self, model: ir.Model, linears: list[Linear], choice: Choice, alpha: float, steps: Steps
+    ) -> None:
         groups: dict[str, list[Linear]] = {}
         for linear in linears:
-            if linear.name not in self._float_inputs:
+            if linear.name not in self._float_inputs and linear.x.name in choice.activations:
                 groups.setdefault(str(linear.x.name), []).append(linear)
+        places = {name: place for place, name in enumerate(steps)}
         for name, found in groups.items():
-            scheme = choice.activations.get(name)
-            if scheme is None:
-                continue
-            readers = [(linear.node, 0) for linear in found]
-            if scheme.dynamic:
-                outliers = self._outliers(name, scheme)
-                ordinary = None
-                if outliers.size:
-                    ordinary = ~np.isin(np.arange(self.ranges.observers[name].absmax.size), outliers)
-                quantize_per_token(model, found[0].x, readers, scheme, self._workspace, ordinary)
-                continue
+            x, readers = found[0].x, [(linear.node, 0) for linear in found]
+            self._activation(model, x, readers, choice.activations[name], alpha)
+            if name in steps:
+                self._switch(model, x, readers, steps[name], places[name], alpha)
+
+    def _switch(
+        self,
+        model: ir.Model,
+        x: ir.Value,
+        readers: list[tuple[ir.Node, int]],
+        step: ActivationScheme | None,
+        place: int,
+        alpha: float,
+    ) -> None:
+        """Let the readers of quantised ``x`` take it as ``step`` in a run whose switch is set."""
+        now, other = readers[0][0].inputs[0], x
+        if step is not None:
+            self._activation(model, x, readers, step, alpha)
+            other = readers[0][0].inputs[0]  # type: ignore[assignment]
+            for value in (other, other.producer().inputs[0]):  # type: ignore[union-attr]
+                if value is not None and value is not x:  # ``now`` may be made by nodes of the same names
+                    value.name = f"{value.name}.step"
+        flags = next(value for value in model.graph.inputs if value.name == SWITCHES)
+        assert now is not None
+        switch(model, readers, (now, other), (flags, place), self._workspace)
+
+    def _activation(
+        self, model: ir.Model, x: ir.Value, readers: list[tuple[ir.Node, int]], scheme: ActivationScheme, alpha: float
+    ) -> None:
+        name = str(x.name)
+        if not scheme.dynamic:
             affine = self.ranges.affine(name, scheme, alpha)
-            axis = None if affine.scale.size == 1 else len(found[0].x.shape or ()) - 1
+            axis = None if affine.scale.size == 1 else len(x.shape or ()) - 1
             if axis is not None and axis < 0:
                 raise ContractError(f"rank of '{name}' is unknown")
-            quantize_static(model, found[0].x, readers, affine, self._workspace, axis)
+            quantize_static(model, x, readers, affine, self._workspace, axis)
+            return
+        outliers, ordinary = self._outliers(name, scheme), None
+        if outliers.size:
+            ordinary = ~np.isin(np.arange(self.ranges.observers[name].absmax.size), outliers)
+        quantize_per_token(model, x, readers, scheme, self._workspace, ordinary)
 
 
 def _operands(node: ir.Node) -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.observers import sequences
+from qcompile.calibration.runner import Run
 from qcompile.calibration.samples import Sample
 from qcompile.graph.sites import find_embeddings
 from qcompile.pipeline import Context
@@ -40,21 +41,28 @@ class Metric:
 
     def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
         self._ctx, self._samples = ctx, list(samples)
-        self._output = str(model.graph.outputs[0].name)
+        self.output = str(model.graph.outputs[0].name)
         self.is_perplexity = self._is_causal_lm(model)
         self.name = "perplexity" if self.is_perplexity else "1 - cosine similarity"
         self._reference: list[np.ndarray] = []
         if not self.is_perplexity:
-            self._reference = [y for _, y in self._outputs(model)]
+            stream = ctx.runner.stream(model, self._samples, [self.output])
+            self._reference = [values[self.output] for _, values in stream]
         self.reference = self.measure(model)
 
     def measure(self, model: ir.Model) -> Measured:
         """The metric of ``model``, whose first output is compared."""
+        with self._ctx.runner.opened(model, [self.output]) as run:
+            return self.measure_run(run)
+
+    def measure_run(self, run: Run) -> Measured:
+        """The metric of what ``run`` answers."""
+        answers = (run(sample.feeds)[self.output] for sample in self._samples)
         if self.is_perplexity:
-            each = tuple(_nats(y, sample) for sample, y in self._outputs(model))
+            each = tuple(_nats(y, sample) for y, sample in zip(answers, self._samples, strict=True))
             return Measured(self.name, float(np.exp(np.mean(each))), each)
-        pairs = zip(self._outputs(model), self._reference, strict=True)
-        each = tuple(_one_minus_cosine(y, reference, sample) for (sample, y), reference in pairs)
+        rows = zip(answers, self._reference, self._samples, strict=True)
+        each = tuple(_one_minus_cosine(y, reference, sample) for y, reference, sample in rows)
         return Measured(self.name, float(np.mean(each)), each)
 
     def drop(self, measured: Measured) -> float:
@@ -72,10 +80,6 @@ class Metric:
         error = float(gaps.std(ddof=1) / np.sqrt(gaps.size))
         cautious = float(gaps.mean()) + 2 * error
         return _worst(float(np.expm1(cautious)) if self.is_perplexity else cautious)
-
-    def _outputs(self, model: ir.Model) -> Iterable[tuple[Any, np.ndarray]]:
-        for sample, values in self._ctx.runner.stream(model, self._samples, [self._output], "measuring"):
-            yield sample, values[self._output]
 
     def _is_causal_lm(self, model: ir.Model) -> bool:
         shape = model.graph.outputs[0].shape
@@ -99,10 +103,44 @@ class Metric:
         changed = np.where(columns == last, (ids + 1) % max(vocabulary, 2), ids).astype(ids.dtype)
         other = Sample({**first.feeds, IDS: changed}, first.mask)
         before, after = (
-            values[self._output][earlier]
-            for _, values in self._ctx.runner.stream(model, [first, other], [self._output], "")
+            values[self.output][earlier]
+            for _, values in self._ctx.runner.stream(model, [first, other], [self.output], "")
         )
         return bool(np.allclose(before, after, rtol=1e-4, atol=1e-4))
+
+
+class Divergence:
+    """How far outputs are from the float model's, in a figure that a few tokens are enough for.
+
+    Causal language models: mean over tokens of KL(float || quantised) in nats, which is what quantisation adds to the
+    log perplexity of text as the float model would write it. Any other model: 1 - mean cosine similarity.
+    """
+
+    def __init__(self, ctx: Context, model: ir.Model, metric: Metric, samples: Sequence[Sample]) -> None:
+        self.samples, self._metric = list(samples), metric
+        stream = ctx.runner.stream(model, self.samples, [metric.output])
+        self._reference = [self._prepared(values[metric.output]) for _, values in stream]
+
+    def measure_run(self, run: Run) -> float:
+        """The divergence of what ``run`` answers."""
+        found = []
+        for sample, reference in zip(self.samples, self._reference, strict=True):
+            y = self._prepared(run(sample.feeds)[self._metric.output])
+            if self._metric.is_perplexity:
+                nats = (np.exp(reference) * (reference - y)).sum(axis=-1)
+                found.append(float(nats.mean() if sample.mask is None else nats[sample.mask].mean()))
+            else:
+                found.append(_one_minus_cosine(y, reference, sample))
+        return float(np.mean(found))
+
+    def _prepared(self, y: np.ndarray) -> np.ndarray:
+        return _log_softmax(y) if self._metric.is_perplexity else y
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = scores - scores.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 def _worst(drop: float) -> float:

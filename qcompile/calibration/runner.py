@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qcompile.errors import UserError
 from qcompile.graph.workspace import Workspace
 
 Arrays = dict[str, np.ndarray]
+Run = Callable[[Arrays], Arrays]
 
 
 def open_session(
@@ -73,17 +75,27 @@ class OrtRunner:
         Nothing is run and nothing comes when ``fetch`` is empty.
         Raises UserError when ONNX Runtime cannot load or run the model.
         """
-        names = list(dict.fromkeys(fetch))
-        if not names:
+        if not fetch:
             return
-        session = open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)
-        known = {i.name for i in session.get_inputs()}
-        try:
+        with self.opened(model, fetch) as run:
             for sample in samples:
-                feeds = {k: v for k, v in sample.feeds.items() if k in known}
-                yield sample, dict(zip(names, run_session(session, names, feeds), strict=True))
+                yield sample, run(sample.feeds)
+
+    @contextlib.contextmanager
+    def opened(self, model: ir.Model, fetch: Sequence[str]) -> Iterator[Run]:
+        """A function from feeds to the values ``fetch`` of ``model``; the session lasts as long as the context."""
+        names = list(dict.fromkeys(fetch))
+        held = [open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)]
+        known = {i.name for i in held[0].get_inputs()}
+
+        def run(feeds: Arrays) -> Arrays:
+            wanted = {k: v for k, v in feeds.items() if k in known}
+            return dict(zip(names, run_session(held[0], names, wanted), strict=True))
+
+        try:
+            yield run
         finally:
-            del session
+            held.clear()  # whoever still has ``run`` does not keep the session
             gc.collect()  # onnxruntime's session sits in a reference cycle, and holds a copy of the weights
 
     def _snapshot(self, model: ir.Model, names: list[str]) -> Path:

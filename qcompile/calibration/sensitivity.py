@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.draft import Choice, Draft
-from qcompile.calibration.metric import Metric
+from qcompile.calibration.draft import SWITCHES, Choice, Draft, Steps
+from qcompile.calibration.metric import Divergence, Measured, Metric
 from qcompile.calibration.observers import sequences
-from qcompile.calibration.runner import matmul
-from qcompile.graph.edits import constant_array
-from qcompile.graph.sites import Linear, find_linears
+from qcompile.calibration.runner import Run
+from qcompile.calibration.samples import Sample, first_samples
 from qcompile.pipeline import Context
-from qcompile.quant.numerics import fake_quantize, fake_quantize_per_token
+from qcompile.progress import track
 from qcompile.quant.schemes import ActivationScheme
 
 # Token quantiles to try, largest first: in short texts one token in ten is special (arXiv 2209.13325, section 4.2).
 ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain
-BROKEN = 0.5  # mean relative error of a linear's tokens from which a static range is given up without a try
+RANKING_TOKENS = 128
+ALPHA_TOKENS = 1024
 Step = tuple[str, ActivationScheme | None]
 PATIENCE = 5  # stop after so many worse quantiles in a row
 
@@ -32,7 +34,7 @@ def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int) -> floa
     schemes = [s for s in choice.activations.values() if not s.dynamic and s.observer == "token_wise"]
     if not schemes:
         return 1.0
-    samples = _some(ctx, count)
+    samples = list(first_samples(ctx.samples, count=count, tokens=ALPHA_TOKENS))
     output = str(draft.model.graph.outputs[0].name)
     reference = [values[output] for _, values in ctx.runner.stream(draft.model, samples, [output], "choosing the clip")]
     best, best_error, worse, curve = 1.0, np.inf, 0, []
@@ -49,18 +51,6 @@ def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int) -> floa
     return best
 
 
-def _some(ctx: Context, count: int, most: int = 1024) -> list[Any]:
-    """Up to ``count`` samples, fewer when they come to ``most`` tokens before."""
-    picked: list[Any] = []
-    tokens = 0
-    for sample in ctx.samples:
-        picked.append(sample)
-        tokens += int(np.prod(next(iter(sample.feeds.values())).shape[:2]))
-        if len(picked) >= count or tokens >= most:
-            break
-    return picked
-
-
 def _output_error(ctx: Context, trial: ir.Model, samples: list[Any], output: str, reference: list[np.ndarray]) -> float:
     error = 0.0
     for (sample, values), target in zip(
@@ -75,40 +65,59 @@ def _output_error(ctx: Context, trial: ir.Model, samples: list[Any], output: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
-    """An activation with the mean relative error that its scheme alone gives the linears that read it."""
+class Ranking:
+    """``damage``: what each activation's own scheme adds to the divergence when all others are one step up, by name,
+    the largest first; ``rest``: the divergence with all of them one step up."""
 
-    name: str
-    damage: float
+    damage: dict[str, float]
+    rest: float
 
 
-def broken_exceptions(draft: Draft, ranked: Sequence[Ranked]) -> dict[str, ActivationScheme | None]:
-    """The next step up for every activation whose static scheme loses more than half of the signal."""
+def rank(ctx: Context, draft: Draft, metric: Metric, samples: Iterable[Sample]) -> Ranking:
+    """Measures every quantised activation by itself on the whole model's output."""
     steps = _ladder(draft)
-    return {
-        item.name: steps[item.name]
-        for item in ranked
-        if item.damage > BROKEN and not draft.choice.activations[item.name].dynamic
-    }
+    moved = _movable(steps).keys()
+    near = list(_shortened(draft.model, first_samples(samples, tokens=RANKING_TOKENS)))
+    divergence = Divergence(ctx, draft.model, metric, near)
+    with _opened(ctx, draft, steps, 1.0, metric.output) as switched:
+        rest = divergence.measure_run(switched(moved))
+        apart = {name: divergence.measure_run(switched(moved ^ {name})) for name in track(list(steps), "ranking")}
+    # without a step up, what is set apart is the activation as a float: the model gets better by it
+    damage = {name: _worst(value - rest if name in moved else rest - value) for name, value in apart.items()}
+    return Ranking(dict(sorted(damage.items(), key=lambda item: (-item[1], item[0]))), rest)
+
+
+def likely_exceptions(draft: Draft, ranking: Ranking, max_drop: float) -> dict[str, ActivationScheme]:
+    """The fewest activations to move up a step such that the damages of the others add up to ``max_drop`` at most."""
+    steps = _movable(_ladder(draft))
+    order = [name for name in ranking.damage if name in steps]
+    total, kept = ranking.rest, 0
+    for name in reversed(order):
+        total += ranking.damage[name]
+        if total > max_drop:
+            break
+        kept += 1
+    return {name: steps[name] for name in order[: len(order) - kept]}
 
 
 def hold_gate(
-    ctx: Context, draft: Draft, ranked: Sequence[Ranked], metric: Metric, alpha: float, max_drop: float
+    ctx: Context, draft: Draft, ranking: Ranking, metric: Metric, alpha: float, max_drop: float
 ) -> Choice:
     """The choice with the fewest activations in higher precision whose cautious drop is at most ``max_drop``.
 
-    Activations come in the order of the damage that their own scheme does; the ladder is per token, then float.
-    The count is found by bisection on the whole model's metric.
+    Activations move in the order of the damage that their own scheme does, one step up the ladder; when all of them
+    there do not hold it, on to float. The count is found by bisection on the whole model's metric.
     """
-    ladder, readers = _ladder(draft), draft.readers()
-    trials = _Trials(draft, metric, alpha, readers)
-    order = [(item.name, ladder[item.name]) for item in ranked]
-    chosen = _bisect(trials.drop, order, max_drop, start=len(broken_exceptions(draft, ranked)))
-    if chosen is None:  # per token everywhere does not hold it: go on to float, worst first
-        everywhere = dict(order)
-        floats: list[Step] = [(item.name, None) for item in ranked]
-        more = _bisect(lambda extra: trials.drop({**everywhere, **extra}), floats, max_drop)
-        chosen = {**everywhere, **(more if more is not None else dict(floats))}
+    readers = draft.readers()
+    steps = _movable(_ladder(draft))
+    order: list[Step] = [(name, steps[name]) for name in ranking.damage if name in steps]
+    with _opened(ctx, draft, steps, alpha, metric.output) as switched:
+        trials = _Trials(draft, metric, alpha, switched)
+        chosen = _bisect(trials.drop, order, max_drop, len(likely_exceptions(draft, ranking, max_drop)))
+    if chosen is None:
+        floats: list[Step] = [(name, None) for name in ranking.damage]
+        more = _bisect(lambda extra: trials.drop({**dict(order), **extra}), floats, max_drop)
+        chosen = {**dict(order), **(more if more is not None else dict(floats))}
     ctx.ledger.current.facts["gate"] = {
         "metric": metric.name, "float": metric.reference.value, "max_drop": max_drop, "drop": trials.drop(chosen),
         "steps": trials.steps, "linears": {name: readers.get(name, []) for name in chosen},
@@ -117,22 +126,41 @@ def hold_gate(
     return draft.choice.with_activation(chosen, readers)
 
 
+@contextlib.contextmanager
+def _opened(
+    ctx: Context, draft: Draft, steps: Steps, alpha: float, output: str
+) -> Iterator[Callable[[Iterable[str]], Run]]:
+    """One session for all trials: from the activations that move one step up to a function that runs the model."""
+    with ctx.runner.opened(draft.build_switched(alpha, steps), [output]) as run:
+
+        def switched(moved: Iterable[str]) -> Run:
+            flags = np.isin(list(steps), list(moved))
+            return lambda feeds: run({**feeds, SWITCHES: flags})
+
+        yield switched
+
+
 class _Trials:
     """Measures the whole model with some exceptions; each set of them once."""
 
-    def __init__(self, draft: Draft, metric: Metric, alpha: float, readers: Mapping[str, list[str]]) -> None:
-        self._draft, self._metric, self._alpha, self._readers = draft, metric, alpha, readers
+    def __init__(self, draft: Draft, metric: Metric, alpha: float, switched: Callable[[Iterable[str]], Run]) -> None:
+        self._draft, self._metric, self._alpha, self._switched = draft, metric, alpha, switched
         self._known: dict[frozenset[tuple[str, str]], float] = {}
         self.steps: list[dict[str, Any]] = []
 
-    def drop(self, changes: Mapping[str, ActivationScheme | None]) -> float:
+    def drop(self, changes: Steps) -> float:
         key = frozenset((name, str(scheme)) for name, scheme in changes.items())
         if key not in self._known:
-            choice = self._draft.choice.with_activation(changes, self._readers)
-            measured = self._metric.measure(self._draft.build(choice, self._alpha))
+            measured = self._measure(changes)
             self._known[key] = self._metric.cautious_drop(measured)
             self.steps.append({"exceptions": len(changes), "metric": measured.value, "drop": self._known[key]})
         return self._known[key]
+
+    def _measure(self, changes: Steps) -> Measured:
+        if None in changes.values():  # float weights as well, which no switch brings back
+            choice = self._draft.choice.with_activation(changes, self._draft.readers())
+            return self._metric.measure(self._draft.build(choice, self._alpha))
+        return self._metric.measure_run(self._switched(changes))
 
 
 def _ladder(draft: Draft) -> dict[str, ActivationScheme | None]:
@@ -142,59 +170,54 @@ def _ladder(draft: Draft) -> dict[str, ActivationScheme | None]:
         if scheme.dynamic:
             steps[name] = None if scheme.bits >= 8 else scheme.model_copy(update={"bits": 8})
         else:
-            symmetric = scheme.symmetric or scheme.bits >= 8
-            steps[name] = ActivationScheme(bits=scheme.bits, granularity="per_token", symmetric=symmetric)
+            steps[name] = ActivationScheme(bits=scheme.bits, granularity="per_token", symmetric=scheme.symmetric)
     return steps
+
+
+def _movable(steps: Steps) -> dict[str, ActivationScheme]:
+    """The activations whose next step up is not float."""
+    return {name: scheme for name, scheme in steps.items() if scheme is not None}
 
 
 def _bisect(
     attempt: Callable[[dict[str, Any]], float], order: list[Step], max_drop: float, start: int = 0
 ) -> dict[str, Any] | None:
-    """The shortest prefix of ``order`` that holds the gate, by bisection from ``start``; None when all of it misses."""
-    low, high = -1, start  # the longest prefix known to miss, the shortest one to try next
-    while not attempt(dict(order[:high])) <= max_drop:  # a drop that is NaN misses
-        if high == len(order):
-            return None
-        low, high = high, min(2 * high + 1, len(order))
+    """The shortest prefix of ``order`` that holds the gate; None when all of it misses.
+
+    From ``start`` in growing strides until it lies between two trials, then by halves.
+    """
+    low, high = -1, len(order) + 1  # the longest prefix known to miss, the shortest known to hold
+    length, stride = min(start, len(order)), 1
     while high - low > 1:
-        middle = (low + high) // 2
-        if attempt(dict(order[:middle])) <= max_drop:
-            high = middle
+        if attempt(dict(order[:length])) <= max_drop:  # a drop that is NaN misses
+            high = length
         else:
-            low = middle
-    return dict(order[:high])
+            low = length
+        if low < 0:
+            length = max(high - stride, 0)
+        elif high > len(order):
+            length = min(low + stride, len(order))
+        else:
+            length = (low + high) // 2
+        stride *= 2
+    return dict(order[:high]) if high <= len(order) else None
 
 
-def rank(ctx: Context, draft: Draft, alpha: float) -> list[Ranked]:
-    """All quantised activations, worst first."""
-    names = list(draft.choice.activations)
-    by_input: dict[str, list[Linear]] = {}
-    for linear in find_linears(draft.model.graph):
-        by_input.setdefault(str(linear.x.name), []).append(linear)
-    damage, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for sample, values in ctx.runner.stream(draft.model, _some(ctx, 32, 512), names, "ranking"):
-        for name in names:
-            for rows in sequences(values[name], sample.mask):
-                damage[name] += _damage(draft, name, draft.choice.activations[name], rows, by_input[name], alpha)
-                tokens[name] += rows.shape[0]
-    found = [Ranked(name, damage[name] / max(tokens[name], 1)) for name in names]
-    return sorted(found, key=lambda item: (-item.damage, item.name))
+def _shortened(model: ir.Model, samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Samples cut to the first ``RANKING_TOKENS`` tokens where the model takes any length."""
+    fixed = {value.name for value in model.graph.inputs if value.shape is not None and _is_fixed(value.shape)}
+    for sample in samples:
+        length = {array.shape[1] for array in sample.feeds.values() if array.ndim > 1}
+        if fixed & sample.feeds.keys() or len(length) != 1 or max(length) <= RANKING_TOKENS:
+            yield sample
+            continue
+        feeds = {k: v[:, :RANKING_TOKENS] if v.ndim > 1 else v for k, v in sample.feeds.items()}
+        yield Sample(feeds, None if sample.mask is None else sample.mask[:, :RANKING_TOKENS])
 
 
-def _damage(
-    draft: Draft, name: str, scheme: ActivationScheme, rows: np.ndarray, linears: list[Linear], alpha: float
-) -> float:
-    if scheme.dynamic:
-        quantized = fake_quantize_per_token(rows, scheme.bits, scheme.symmetric)
-    else:
-        quantized = fake_quantize(rows, draft.ranges.affine(name, scheme, alpha))
-    w = np.concatenate([linear.w if not linear.transposed else _first_columns(linear) for linear in linears], axis=1)
-    error = np.square(matmul(rows - quantized, w)).sum(axis=1)
-    signal = np.square(matmul(rows, w)).sum(axis=1)
-    return float((error / np.maximum(signal, 1e-20)).sum())
+def _worst(damage: float) -> float:
+    return math.inf if math.isnan(damage) else damage
 
 
-def _first_columns(linear: Linear) -> np.ndarray:
-    table = constant_array(linear.weight)
-    assert table is not None
-    return table[:2048].T
+def _is_fixed(shape: ir.Shape) -> bool:
+    return len(shape) > 1 and isinstance(shape[1], int)

@@ -77,6 +77,28 @@ def quantize_per_token(
     _redirect(readers, result)
 
 
+def switch(
+    model: ir.Model,
+    readers: Readers,
+    values: tuple[ir.Value, ir.Value],
+    flag: tuple[ir.Value, int],
+    workspace: Workspace,
+) -> None:
+    """Let ``readers`` read the second of ``values`` in a run where ``flag`` is set, else the first.
+
+    ``flag``: a bool vector and the index in it. Both values come from nodes in front of the readers, and the second is
+    made before the first.
+    """
+    now, other = values
+    flags, index = flag
+    place = new_initializer(model, f"{flags.name}.place", np.array(index, np.int64), workspace)
+    is_set = _after(now, "Gather", [flags, place], {"axis": ir.AttrInt64("axis", 0)}, f"{now.name}.flag")
+    is_set.type, is_set.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
+    chosen = _after(is_set, "Where", [is_set, other, now], {}, f"{now.name}.switched")
+    chosen.type, chosen.shape = now.type, now.shape
+    _redirect(readers, chosen)
+
+
 def quantize_linear_weight(
     model: ir.Model, linear: Linear, codes: QuantizedWeight, workspace: Workspace
 ) -> None:

@@ -10,8 +10,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from qcompile.calibration.draft import SWITCHES, Draft
+from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.samples import Sample
-from qcompile.calibration.sensitivity import _bisect
+from qcompile.calibration.sensitivity import RANKING_TOKENS, _bisect, _ladder, _shortened
 from qcompile.ledger import Entry, Skip
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
@@ -21,6 +23,9 @@ from tests.passes.planted import Bench, bench
 C, WIDE, SINK = 32, 48, 3
 STATIC = Rule(
     weights=WeightScheme(bits=8), activations=ActivationScheme.model_validate({"bits": 8, "observer": "minmax"})
+)
+SIX_BITS = Rule(
+    weights=WeightScheme(bits=8), activations=ActivationScheme.model_validate({"bits": 6, "granularity": "per_token"})
 )
 LINEARS = ("first", "up", "down", "last")
 GRAPH = f"""<ir_version: 10, opset_import: ["" : 21]>
@@ -88,9 +93,9 @@ def static_values(found: Bench) -> set[str]:
 def test_exactly_the_planted_site_is_given_precision() -> None:
     with bench(sink_model(), sequences()) as found:
         entry, gate = gated(found, 0.01)
-        assert gate["exceptions"] == {"active": "uint8 per_token symmetric dynamic"}
+        assert gate["exceptions"] == {"active": "uint8 per_token asymmetric dynamic"}
         assert gate["linears"] == {"active": ["down"]} and gate["metric"] == "1 - cosine similarity"
-        why = "the gate keeps it in higher precision: uint8 per_token symmetric dynamic"
+        why = "the gate keeps it in higher precision: uint8 per_token asymmetric dynamic"
         assert entry.skips == [Skip("down", why, "down")]
         without = next(step for step in gate["steps"] if step["exceptions"] == 0)
         assert gate["drop"] <= 0.01 < without["drop"]
@@ -151,6 +156,36 @@ def test_a_language_model_is_gated_by_perplexity() -> None:
         found.ctx.recipe, found.ctx.max_drop = by_name("w8a8_static"), 0.5
         gate = found.run("quantise").facts["gate"]
         assert gate["metric"] == "perplexity" and gate["float"] > 1 and gate["drop"] <= 0.5
+
+
+# --------------------------------------------------------------------------- one session for all trials
+
+
+@pytest.mark.parametrize("rule", (STATIC, SIX_BITS))
+def test_a_switched_model_is_the_model_that_would_be_built(rule: Rule) -> None:
+    with bench(sink_model(), sequences(1)) as found:
+        (sample,) = found.ctx.samples
+        draft = Draft(found.model, Recipe(name="switched", rules=(rule,)), found.ctx.workspace)
+        static = {name: scheme for name, scheme in draft.choice.activations.items() if not scheme.dynamic}
+        draft.ranges = calibrate(found.ctx, found.model, static, [])
+        steps, output = _ladder(draft), str(found.model.graph.outputs[0].name)
+        with found.ctx.runner.opened(draft.build_switched(1.0, steps), [output]) as run:
+            for moved in ([], ["active"], ["first_norm", "last_norm"], list(steps)):
+                flags = np.array([name in moved for name in steps])
+                switched = run({**sample.feeds, SWITCHES: flags})[output]
+                choice = draft.choice.with_activation({name: steps[name] for name in moved}, draft.readers())
+                stream = found.ctx.runner.stream(draft.build(choice), [sample], [output])
+                np.testing.assert_allclose(switched, next(stream)[1][output], rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_sample_is_cut_for_the_ranking_where_the_model_takes_any_length() -> None:
+    ids = np.arange(2 * RANKING_TOKENS).reshape(1, -1)
+    sample = Sample({"input_ids": ids, "attention_mask": np.ones_like(ids)}, ids > 3)
+    model = ir.load(cached_export("bert"))
+    (cut,) = _shortened(model, [sample])
+    assert {array.shape for array in cut.feeds.values()} == {(1, RANKING_TOKENS)} == {cut.mask.shape}  # type: ignore
+    model.graph.inputs[0].shape = ir.Shape([1, ids.shape[1]])
+    assert next(_shortened(model, [sample])) is sample
 
 
 # --------------------------------------------------------------------------- bisection
