@@ -38,7 +38,7 @@ def fold(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, work
     carrier = _produce(model, site, s, z, workspace)
     s_in, z_in = (s, z) if site.expand is None else (s[site.expand], z[site.expand])
     added = sum(
-        compensate(model, linear, s_in, z_in, workspace) for linear in map(_renewed, (*site.linears, *site.experts))
+        compensate(model, linear, s_in, z_in, workspace) for linear in map(renewed, (*site.linears, *site.experts))
     )
     return added + int(carrier is not site.tensor) + _restore_others(model, site, carrier, s, z, workspace)
 
@@ -54,7 +54,7 @@ def insert(model: ir.Model, site: Site, scale: np.ndarray, shift: np.ndarray, wo
         raise UserError("readers see the tensor through different views", where=site.name, hint="fold instead")
     changed = _affine_nodes(model, site.linears[0].x, 1 / s, -z / s, workspace)
     added = 2 if z.any() else 1
-    for linear in map(_renewed, site.linears):
+    for linear in map(renewed, site.linears):
         linear.node.replace_input_with(0, changed)
         added += compensate(model, linear, s, z, workspace)
     return added
@@ -68,10 +68,10 @@ def compensate(model: ir.Model, linear: Linear, s: np.ndarray, z: np.ndarray, wo
     if z.any():
         if linear.chosen:
             raise UserError("a shift would need a bias for each expert", where=linear.name, hint="scale only")
-        _add_bias(model, linear, z @ np.asarray(linear.w, np.float64), workspace)
+        add_bias(model, linear, z @ np.asarray(linear.w, np.float64), workspace)
     node, index = linear.holder
     if not linear.transposed:
-        _store(model, node, index, np.asarray(linear.w, np.float64) * s[:, None], workspace)
+        store(model, node, index, np.asarray(linear.w, np.float64) * s[:, None], workspace)
         return 0
     table = linear.w.T
     scaled = np.multiply(table, s, out=np.empty_like(table), dtype=np.float64, casting="same_kind")
@@ -105,16 +105,16 @@ def scale_columns(
     """Make ``linear`` give (y - z) / s in ``columns`` (None: all, in order): columns of W and the bias."""
     at = slice(None) if columns is None else columns
     if z.any() and linear.add is None:
-        _add_bias(model, linear, _spread(-z, at, linear.columns), workspace)
+        add_bias(model, linear, _spread(-z, at, linear.columns), workspace)
     elif z.any():
         _change_bias(model, linear, at, lambda b: b - z, workspace)
-    linear = _renewed(linear)
+    linear = renewed(linear)
     if linear.add is not None:
         _change_bias(model, linear, at, lambda b: b / s, workspace)
     w = np.array(linear.w, np.float64)
     w[..., at] /= s
     node, index = linear.holder
-    _store(model, node, index, w, workspace)
+    store(model, node, index, w, workspace)
 
 
 def _change_bias(
@@ -127,7 +127,7 @@ def _change_bias(
     assert linear.add is not None
     bias = np.array(linear.bias, np.float64)
     bias[at] = change(bias[at])
-    _store(model, linear.add, 1, bias, workspace)
+    store(model, linear.add, 1, bias, workspace)
 
 
 def _spread(values: np.ndarray, at: slice | np.ndarray, width: int) -> np.ndarray:
@@ -146,7 +146,7 @@ def _fold_q_k(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspa
         )
     assert site.source is not None and site.expand is not None
     scale_columns(model, site.source, s, z, workspace, site.columns)
-    query = _renewed(site.linears[0])
+    query = renewed(site.linears[0])
     scale_columns(model, query, 1 / s[site.expand], np.zeros(site.expand.size), workspace, site.partner)
     return 0
 
@@ -156,14 +156,14 @@ def _produce(model: ir.Model, site: Site, s: np.ndarray, z: np.ndarray, workspac
     if site.source is not None:
         if z.any() and site.kind != "v_o":
             raise UserError("only attention passes a shift on", where=site.name, hint="scale only")
-        scale_columns(model, _renewed(site.source), s, z, workspace, site.columns)
+        scale_columns(model, renewed(site.source), s, z, workspace, site.columns)
         return site.tensor
     norm = site.producer
     gamma = np.asarray(constant_array(norm.inputs[1]), np.float64)
-    _store(model, norm, 1, gamma / s, workspace)
+    store(model, norm, 1, gamma / s, workspace)
     if is_op(norm, "LayerNormalization"):
         beta = np.asarray(constant_array(norm.inputs[2]), np.float64)
-        _store(model, norm, 2, (beta - z) / s, workspace)
+        store(model, norm, 2, (beta - z) / s, workspace)
         return site.tensor
     return _shift_after(model, site, -z / s, workspace) if z.any() else site.tensor
 
@@ -230,9 +230,10 @@ def _affine_nodes(
     return x
 
 
-def _add_bias(model: ir.Model, linear: Linear, bias: np.ndarray, workspace: Workspace) -> None:
+def add_bias(model: ir.Model, linear: Linear, bias: np.ndarray, workspace: Workspace) -> None:
+    """Add ``bias`` (N,) to what ``linear`` gives; where it has none, by a new Add behind it."""
     if linear.add is not None:
-        _store(model, linear.add, 1, np.asarray(linear.bias, np.float64) + bias, workspace)
+        store(model, linear.add, 1, np.asarray(linear.bias, np.float64) + bias, workspace)
         return
     node, value = linear.node, linear.node.outputs[0]
     held = new_initializer(model, f"{linear.name}.bias", bias.astype(np.float32), workspace)
@@ -246,14 +247,15 @@ def _add_bias(model: ir.Model, linear: Linear, bias: np.ndarray, workspace: Work
     value.name, result.name = f"{name}_product", name
 
 
-def _renewed(linear: Linear) -> Linear:
+def renewed(linear: Linear) -> Linear:
     """``linear`` as it is now: an earlier fold may have given it a bias."""
     found = as_experts(linear.node) if linear.chosen else as_linear(linear.node)
     assert found is not None
     return found
 
 
-def _store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, workspace: Workspace) -> None:
+def store(model: ir.Model, node: ir.Node, index: int, array: np.ndarray, workspace: Workspace) -> None:
+    """Give the constant at ``node.inputs[index]`` a new content, for this reader alone; UserError if not finite."""
     owned = own_initializer(model, node, index)
     replace_constant(owned, _cast(array, owned), workspace)
 

@@ -77,6 +77,16 @@ _BODIES: dict[str, str] = {
         code = Round (ratio)
         y = Mul (code, scale)
     }""",
+    # each run of n channels of x (..., C) times matrix (n, n); n divides C
+    "RotateBlocks": """RotateBlocks (x, matrix) => (y) {
+        shape = Shape (x)
+        size = Shape <start = 0, end = 1> (matrix)
+        rest = Constant <value_ints = [-1]> ()
+        blocked = Concat <axis = 0> (rest, size)
+        blocks = Reshape (x, blocked)
+        turned = MatMul (blocks, matrix)
+        y = Reshape (turned, shape)
+    }""",
     # q, k, v (B, H, S or T, d), bias broadcast to (B, H, S, T); softmax over T
     "Attention": """Attention <scale> (q, k, v, bias) => (y) {
         alpha = Constant <value_float: float = @scale> ()

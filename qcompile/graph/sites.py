@@ -48,7 +48,7 @@ class Site:
     ``source``: the linear whose output carries the channels, channel i in column ``columns[i]`` (None: i).
     ``expand``: reader's row -> channel (None: the same); for q_k, ``partner[j]`` is the column of q that
     meets channel ``expand[j]``. ``ties``: the channels that must have one scale (rotary pairs) share a
-    number.
+    number. ``heads``: for v_o, source's columns (kv heads, d) and reader's rows (kv heads, times, d).
     """
 
     kind: Kind
@@ -64,6 +64,7 @@ class Site:
     columns: np.ndarray | None = None
     partner: np.ndarray | None = None
     ties: np.ndarray | None = None
+    heads: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def channels(self) -> int:
@@ -103,7 +104,7 @@ def readers(value: ir.Value, linears: dict[int, Linear]) -> tuple[list[Linear], 
         linear = linears.get(id(use.node))
         if linear is not None and use.idx == 0:
             found.append(linear)
-        elif _keeps_last_axis(use.node, use.idx, value):
+        elif keeps_last_axis(use.node, use.idx, value):
             below, beside = readers(use.node.outputs[0], linears)
             if below and not beside:
                 found.extend(below)
@@ -123,7 +124,8 @@ def table_readers(head: Linear) -> list[ir.Node] | None:
     return lookups if len(lookups) == len(uses) and whole_rows and alone else None
 
 
-def _keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
+def keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
+    """Whether the last axis of ``value``, input ``index`` of ``node``, is the last axis of its output as it is."""
     if index != 0:
         return False
     if is_op(node, "Identity", "Dropout"):
@@ -215,6 +217,7 @@ class _Finder:
         yield Site(
             "v_o", output.name, output.x, node, (output,), source=source.linear, expand=expand,
             columns=_unless_all(columns, source.linear), reason=reason,
+            heads=_head_rows(source.columns, heads, within),
         )  # fmt: skip
 
     def _q_k(self, node: ir.Node) -> Iterator[Site]:
@@ -327,7 +330,7 @@ class _Finder:
             linear = self._readers.get(id(node))
             if linear is not None:
                 return linear if node.inputs[0] is value else None
-            if not _keeps_last_axis(node, 0, value) or node.inputs[0] is not value:
+            if not keeps_last_axis(node, 0, value) or node.inputs[0] is not value:
                 return None
             value = node.outputs[0]
         return None
@@ -339,6 +342,24 @@ def _rows_and_columns(trace: Trace, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]
 
 def _unless_all(columns: np.ndarray, linear: Linear) -> np.ndarray | None:
     return None if columns.size == linear.columns else columns
+
+
+def _head_rows(columns: np.ndarray, heads: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The columns of each value head once, (kv heads, d), and the rows that read it, (kv heads, times, d).
+
+    ``columns`` are those of the attention's heads, equal where one is repeated. None when rows do not read each head
+    in whole, as often as the others.
+    """
+    rows = np.full((int(heads.max()) + 1, columns.shape[1]), -1)
+    rows[heads, within] = np.arange(heads.size)
+    distinct, number = np.unique(columns, axis=0, return_inverse=True)
+    number = number.reshape(-1)[np.arange(len(rows)) * len(columns) // len(rows)]
+    counts = np.bincount(number, minlength=len(distinct))
+    if heads.size != rows.size or (rows < 0).any() or len(set(counts.tolist())) > 1:
+        return None
+    if np.unique(distinct).size != distinct.size:
+        return None
+    return distinct, rows[np.argsort(number, kind="stable")].reshape(len(distinct), -1, columns.shape[1])
 
 
 def _ties(columns: np.ndarray, mixed: np.ndarray) -> np.ndarray | None:

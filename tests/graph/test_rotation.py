@@ -1,0 +1,97 @@
+"""Rotations keep the function: on every architecture where they fold, and refused with a reason where not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile.graph.functions import is_op
+from qcompile.graph.linears import find_linears
+from qcompile.graph.residual import find_streams
+from qcompile.graph.rotation import (
+    hadamard,
+    insert_rotation,
+    power_of_two_in,
+    random_rotation,
+    rotate_streams,
+    rotate_values,
+)
+from qcompile.graph.sites import find_sites
+from qcompile.graph.workspace import Workspace
+from qcompile.models.architectures import ARCHITECTURES
+from tests.graph.models import Library, difference, operators, session
+
+TOLERANCE = 1e-5
+POST_LN = ("bert", "roberta", "distilbert", "opt_post_ln", "bloom")
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - set(POST_LN)))
+def test_a_rotated_stream_computes_the_same(name: str, library: Library, workspace: Workspace) -> None:
+    canonical = library.architecture(name)
+    model = canonical.load(workspace)
+    streams = find_streams(model)
+    assert streams and not any(stream.reason for stream in streams)
+    rotate_streams(model, streams, random_rotation(64, np.random.default_rng(3)), workspace)
+    assert difference(session(canonical.path), session(workspace.save(model, "rotated"))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_turned_values_and_inputs_compute_the_same(name: str, library: Library, workspace: Workspace) -> None:
+    canonical = library.architecture(name)
+    model = canonical.load(workspace)
+    random = np.random.default_rng(4)
+    sites = [s for s in find_sites(model) if s.kind == "v_o" and not s.reason]
+    for site in sites:
+        assert site.heads is not None
+        heads, d = site.heads[0].shape
+        rotate_values(model, site, np.stack([random_rotation(d, random) for _ in range(heads)]), workspace)
+    downs = [s for s in find_sites(model) if s.kind == "up_down" and not s.linears[0].chosen]
+    for site in downs:
+        insert_rotation(model, site.linears[0], hadamard(32), workspace)
+    assert sites and (downs or name == "mixtral")
+    assert difference(session(canonical.path), session(workspace.save(model, "turned"))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", POST_LN)
+def test_a_post_ln_stream_is_refused(name: str, library: Library, workspace: Workspace) -> None:
+    streams = find_streams(library.architecture(name).load(workspace))
+    assert streams and all("(post-LN)" in stream.reason and stream.node is not None for stream in streams)
+
+
+def test_layer_norms_become_rms_norms(library: Library, workspace: Workspace) -> None:
+    """ViT: a patch convolution, a class token and positions write the stream; the mean goes off all of them."""
+    model = library.architecture("vit").load(workspace)
+    (stream,) = find_streams(model)
+    assert (len(stream.patches), len(stream.constants), len(stream.linears), stream.centred) == (1, 2, 4, True)
+    rotate_streams(model, [stream], random_rotation(64, np.random.default_rng(3)), workspace)
+    count = operators(model)
+    assert "LayerNormalization" not in count and count["RMSNormalization"] == 5
+    (again,) = find_streams(model)
+    assert not again.reason and not again.centred
+
+
+def test_a_tied_head_gets_a_table_of_its_own(library: Library, workspace: Workspace) -> None:
+    """T5's encoder and decoder look up one table, which is turned once; the head alone is copied."""
+    model = library.architecture("t5").load(workspace)
+    assert rotate_streams(model, find_streams(model), random_rotation(64, np.random.default_rng(3)), workspace) == 1
+    lookups = {id(node.inputs[0]) for node in model.graph if is_op(node, "Gather") and _is_table(node)}
+    assert len(lookups) == 1
+    assert not any(linear.transposed for linear in find_linears(model.graph))
+
+
+def _is_table(node: ir.Node) -> bool:
+    table = node.inputs[0]
+    return table is not None and table.shape is not None and list(table.shape) == [256, 64]
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 64, 96, 576])
+def test_a_random_rotation_is_orthogonal_and_repeatable(size: int) -> None:
+    first, second = (random_rotation(size, np.random.default_rng(7)) for _ in range(2))
+    assert np.allclose(first @ first.T, np.eye(size), rtol=0, atol=1e-12)
+    assert np.array_equal(first, second)
+    assert np.abs(first).max() < 0.5 or size < 64
+
+
+def test_the_power_of_two_in_a_size() -> None:
+    assert [power_of_two_in(n) for n in (1, 2, 9, 576, 1536, 11008)] == [1, 2, 1, 64, 512, 256]
