@@ -49,7 +49,7 @@ class Quantise(Pass):
 
     alpha: float | None = None
     energy: bool = True
-    gate_samples: int = 6
+    gate_samples: int = 4
     alpha_samples: int = 32
 
     def __post_init__(self) -> None:

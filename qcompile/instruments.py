@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.samples import proof_samples
+from qcompile.calibration.samples import proof_samples, shortened
 from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.graph.finite import bad_weight
 from qcompile.graph.provenance import layer_name
@@ -23,7 +23,8 @@ from qcompile.progress import say
 
 PROOF_SAMPLES = 2
 LOST_DB = -200.0  # NaN came out, or something came of nothing
-LAYERS_AT_A_TIME = 64
+LAYERS_AT_A_TIME = 256
+LAYER_TOKENS = 128  # a few are enough for a ratio of squared sums, and long samples cost much memory
 VALUES = 1 << 20  # compared at a time, so that a large vocabulary costs no memory
 Interface = list[dict[str, object]]
 Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
@@ -272,7 +273,8 @@ def _contract(step: Pass, what: str) -> QCompileError:
 
 
 class LayerErrors:
-    """Per-layer SQNR of ``quantise``: outputs of the linears that exist before and after it, on one sample.
+    """Per-layer SQNR of ``quantise``: outputs of the linears that exist before and after it, on the first
+    ``LAYER_TOKENS`` tokens of one sample.
 
     The figure of a layer includes the error that reaches it from the layers before.
     """
@@ -292,7 +294,7 @@ class LayerErrors:
             return
         present = {v.name for node in model.graph for v in node.outputs}
         now = self._fetch(model, ctx, [name for name in self._layers if name in present], "after")
-        mask = next(proof_samples(ctx.samples, 1)).mask
+        mask = shortened(model, next(proof_samples(ctx.samples, 1)), LAYER_TOKENS).mask
         layers = [{"site": self._layers[n], "sqnr_db": self._sqnr(n, path, mask)} for n, path in now.items()]
         entry.facts.setdefault("layers", layers)
 
@@ -304,7 +306,7 @@ class LayerErrors:
     def _fetch(self, model: ir.Model, ctx: Context, names: list[str], stem: str) -> dict[str, Path]:
         """Values of one sample as files, fetched a few at a time so that they never fill the memory."""
         found: dict[str, Path] = {}
-        one = list(proof_samples(ctx.samples, 1))
+        one = [shortened(model, sample, LAYER_TOKENS) for sample in proof_samples(ctx.samples, 1)]
         for start in range(0, len(names), LAYERS_AT_A_TIME):
             some = names[start : start + LAYERS_AT_A_TIME]
             for _, arrays in ctx.runner.stream(model, one, some, label="layers"):

@@ -26,7 +26,7 @@ from qcompile.backends.ort.linear import (
     quantised_weight,
 )
 from qcompile.graph.canonical import match
-from qcompile.graph.edits import constant_array, new_initializer
+from qcompile.graph.edits import constant_array, naming, new_initializer
 from qcompile.graph.provenance import layer_name
 from qcompile.graph.workspace import Workspace
 from qcompile.ledger import Ledger
@@ -50,8 +50,12 @@ def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, tables: dict[
 
     Tied tables that had to grow are noted in ``tables``, by the id of their codes.
     """
+    with naming(model):
+        return _rewrite(model, ledger, _Lowering(model, workspace, tables))
+
+
+def _rewrite(model: ir.Model, ledger: Ledger, lowering: _Lowering) -> int:
     count = 0
-    lowering = _Lowering(model, workspace, tables)
     for node in match.nodes(model.graph, "FakeQuantizePerToken", "FakeQuantizePerTokenSymmetric"):
         found = [(product, quantised_weight(product)) for product in match.consumers(node.outputs[0])]
         fitting = []

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,38 +18,42 @@ import onnx_ir as ir
 
 from qcompile.calibration.observers import sequences
 from qcompile.calibration.runner import Run
-from qcompile.calibration.samples import Sample
+from qcompile.calibration.samples import Sample, shortened
 from qcompile.graph.sites import find_embeddings
 from qcompile.pipeline import Context
 
 IDS = "input_ids"
+PROBED_TOKENS = 32
+CHUNK_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """``value`` of the metric and each sample's own figure (nats per token, or 1 - cosine).
+    """``value`` of the metric, and each sample's own figures; samples count alike, whatever their length.
 
-    Samples count alike, whatever their length.
+    each: nats per token, or 1 - cosine; divergences: mean over tokens of KL(float || this) in nats, or 1 - cosine
     """
 
     name: str
     value: float
     each: tuple[float, ...]
+    divergences: tuple[float, ...]
 
 
 class Metric:
-    """Measures models against a float reference on fixed samples."""
+    """Measures models against a float reference on fixed samples.
 
-    def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
+    causal: whether ``model`` is a causal language model; found by trying when it is None.
+    """
+
+    def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any], causal: bool | None = None) -> None:
         self._ctx, self._samples = ctx, list(samples)
         self.output = str(model.graph.outputs[0].name)
-        self.is_perplexity = self._is_causal_lm(model)
+        self.is_perplexity = self._is_causal_lm(model) if causal is None else causal
         self.name = "perplexity" if self.is_perplexity else "1 - cosine similarity"
-        self._reference: list[np.ndarray] = []
-        if not self.is_perplexity:
-            stream = ctx.runner.stream(model, self._samples, [self.output])
-            self._reference = [values[self.output] for _, values in stream]
-        self.reference = self.measure(model)
+        stream = ctx.runner.stream(model, self._samples, [self.output])
+        self._floats = [self._kept(values[self.output], i) for i, (_, values) in enumerate(stream)]
+        self.reference = self._measured(np.load(path, mmap_mode="r") for path in self._floats)
 
     def measure(self, model: ir.Model) -> Measured:
         """The metric of ``model``, whose first output is compared."""
@@ -57,13 +62,7 @@ class Metric:
 
     def measure_run(self, run: Run) -> Measured:
         """The metric of what ``run`` answers."""
-        answers = (run(sample.feeds)[self.output] for sample in self._samples)
-        if self.is_perplexity:
-            each = tuple(_nats(y, sample) for y, sample in zip(answers, self._samples, strict=True))
-            return Measured(self.name, float(np.exp(np.mean(each))), each)
-        rows = zip(answers, self._reference, self._samples, strict=True)
-        each = tuple(_one_minus_cosine(y, reference, sample) for y, reference, sample in rows)
-        return Measured(self.name, float(np.mean(each)), each)
+        return self._measured(run(sample.feeds)[self.output] for sample in self._samples)
 
     def drop(self, measured: Measured) -> float:
         """How much worse than the float reference: relative for perplexity, the figure itself for cosine.
@@ -73,13 +72,37 @@ class Metric:
         return _worst(measured.value / self.reference.value - 1 if self.is_perplexity else measured.value)
 
     def cautious_drop(self, measured: Measured) -> float:
-        """``drop`` plus two standard errors over the samples, so that a few samples speak for the rest."""
-        if len(measured.each) < 2:
-            return self.drop(measured)
-        gaps = np.asarray(measured.each) - (np.asarray(self.reference.each) if self.is_perplexity else 0.0)
-        error = float(gaps.std(ddof=1) / np.sqrt(gaps.size))
-        cautious = float(gaps.mean()) + 2 * error
-        return _worst(float(np.expm1(cautious)) if self.is_perplexity else cautious)
+        """What a few samples say for the rest: ``drop``, or the divergence plus two standard errors if that is more.
+
+        The divergence is what quantisation adds to the log perplexity of text as the float model would write it. It
+        varies far less between texts than the difference of their perplexities, which is no cautious figure by itself.
+        """
+        found = np.asarray(measured.divergences)
+        error = float(found.std(ddof=1) / np.sqrt(found.size)) if found.size > 1 else 0.0
+        cautious = float(found.mean()) + 2 * error
+        return max(self.drop(measured), _worst(float(np.expm1(cautious)) if self.is_perplexity else cautious))
+
+    def _kept(self, y: np.ndarray, index: int) -> Path:
+        """The float model's answer to one sample, on disk since a vocabulary is large: log probabilities, or ``y``."""
+        path = self._ctx.workspace.root / f"metric-{id(self)}-{index}.npy"
+        held = np.lib.format.open_memmap(path, "w+", np.float32, y.shape)
+        if self.is_perplexity:
+            for piece in _pieces(y.shape[1]):
+                held[:, piece] = _log_softmax(y[:, piece])
+        else:
+            held[...] = y
+        held.flush()
+        return path
+
+    def _measured(self, outputs: Iterable[np.ndarray]) -> Measured:
+        compare = _nats_and_divergence if self.is_perplexity else _cosine_twice
+        figures = [
+            compare(y, np.load(path, mmap_mode="r"), sample)
+            for y, path, sample in zip(outputs, self._floats, self._samples, strict=True)
+        ]
+        each, divergences = zip(*figures, strict=True)
+        mean = float(np.mean(each))
+        return Measured(self.name, float(np.exp(mean)) if self.is_perplexity else mean, each, divergences)
 
     def _is_causal_lm(self, model: ir.Model) -> bool:
         shape = model.graph.outputs[0].shape
@@ -92,7 +115,7 @@ class Metric:
 
     def _looks_only_back(self, model: ir.Model, vocabulary: int) -> bool:
         """Whether another last real token leaves the output at the real tokens before it as it was."""
-        first = self._samples[0]
+        first = shortened(model, self._samples[0], PROBED_TOKENS)
         ids = first.feeds[IDS]
         columns = np.arange(ids.shape[1])[None]
         real = np.ones(ids.shape, bool) if first.mask is None else first.mask.astype(bool)
@@ -109,32 +132,36 @@ class Metric:
         return bool(np.allclose(before, after, rtol=1e-4, atol=1e-4))
 
 
-class Divergence:
-    """How far outputs are from the float model's, in a figure that a few tokens are enough for.
+def _worst(drop: float) -> float:
+    return math.inf if math.isnan(drop) else drop
 
-    Causal language models: mean over tokens of KL(float || quantised) in nats, which is what quantisation adds to the
-    log perplexity of text as the float model would write it. Any other model: 1 - mean cosine similarity.
+
+def _pieces(tokens: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK_TOKENS) for start in range(0, tokens, CHUNK_TOKENS))
+
+
+def _nats_and_divergence(logits: np.ndarray, reference: np.ndarray, sample: Sample) -> tuple[float, float]:
+    """Mean negative log-likelihood of the next token, over pairs of neighbours that are both real, and KL divergence
+    from ``reference`` (log probabilities), over all real tokens.
+
+    Both arrays are (batch, seq, vocabulary); a few tokens are in memory at a time.
     """
+    ids, nats, divergence = sample.feeds[IDS], [], []
+    for row in range(ids.shape[0]):
+        real = np.ones(ids.shape[1], bool) if sample.mask is None else sample.mask[row].astype(bool)
+        for piece in _pieces(ids.shape[1]):
+            ours, theirs = _log_softmax(logits[row, piece]), reference[row, piece]
+            divergence.append(np.einsum("tv,tv->t", np.exp(theirs), theirs - ours)[real[piece]])
+            after = slice(piece.start + 1, piece.stop + 1)
+            following = ids[row, after]
+            pairs = real[piece][: following.size] & real[after]
+            nats.append(-ours[np.arange(following.size), following][pairs])
+    return _mean(nats), _mean(divergence)
 
-    def __init__(self, ctx: Context, model: ir.Model, metric: Metric, samples: Sequence[Sample]) -> None:
-        self.samples, self._metric = list(samples), metric
-        stream = ctx.runner.stream(model, self.samples, [metric.output])
-        self._reference = [self._prepared(values[metric.output]) for _, values in stream]
 
-    def measure_run(self, run: Run) -> float:
-        """The divergence of what ``run`` answers."""
-        found = []
-        for sample, reference in zip(self.samples, self._reference, strict=True):
-            y = self._prepared(run(sample.feeds)[self._metric.output])
-            if self._metric.is_perplexity:
-                nats = (np.exp(reference) * (reference - y)).sum(axis=-1)
-                found.append(float(nats.mean() if sample.mask is None else nats[sample.mask].mean()))
-            else:
-                found.append(_one_minus_cosine(y, reference, sample))
-        return float(np.mean(found))
-
-    def _prepared(self, y: np.ndarray) -> np.ndarray:
-        return _log_softmax(y) if self._metric.is_perplexity else y
+def _mean(parts: Sequence[np.ndarray]) -> float:
+    joined = np.concatenate(parts)
+    return float(joined.mean()) if joined.size else 0.0
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -143,23 +170,9 @@ def _log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def _worst(drop: float) -> float:
-    return math.inf if math.isnan(drop) else drop
-
-
-def _nats(logits: np.ndarray, sample: Any) -> float:
-    """Mean negative log-likelihood of the next token, over pairs of neighbours that are both real."""
-    ids, total, count = sample.feeds[IDS], 0.0, 0
-    for row in range(ids.shape[0]):
-        targets = ids[row, 1:]
-        mask = np.ones(ids.shape[1], bool) if sample.mask is None else sample.mask[row].astype(bool)
-        real = mask[1:] & mask[:-1]
-        scores = logits[row, :-1][real]
-        top = scores.max(axis=-1)
-        log_sum = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
-        total += float((log_sum - scores[np.arange(len(scores)), targets[real]]).sum())
-        count += int(real.sum())
-    return total / max(count, 1)
+def _cosine_twice(y: np.ndarray, reference: np.ndarray, sample: Sample) -> tuple[float, float]:
+    figure = _one_minus_cosine(y, reference, sample)
+    return figure, figure
 
 
 def _one_minus_cosine(y: np.ndarray, reference: np.ndarray, sample: Any) -> float:

@@ -85,6 +85,7 @@ class OrtRunner:
     def opened(self, model: ir.Model, fetch: Sequence[str]) -> Iterator[Run]:
         """A function from feeds to the values ``fetch`` of ``model``; the session lasts as long as the context."""
         names = list(dict.fromkeys(fetch))
+        self._workspace.let_go(model)  # the session will hold the weights
         held = [open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)]
         known = {i.name for i in held[0].get_inputs()}
 

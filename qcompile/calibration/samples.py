@@ -153,6 +153,18 @@ def first_samples(samples: Iterable[Any], count: int | None = None, *, tokens: i
             return
 
 
+def shortened(model: ir.Model, sample: Sample, tokens: int) -> Sample:
+    """``sample`` cut to its first ``tokens`` tokens where all its inputs have them and ``model`` takes any length."""
+    lengths = {array.shape[1] for array in sample.feeds.values() if array.ndim > 1}
+    shapes = [value.shape for value in model.graph.inputs if value.name in sample.feeds and value.shape is not None]
+    if any(len(shape) > 1 and isinstance(shape[1], int) for shape in shapes):
+        return sample
+    if len(lengths) != 1 or max(lengths) <= tokens:
+        return sample
+    feeds = {name: array[:, :tokens] if array.ndim > 1 else array for name, array in sample.feeds.items()}
+    return Sample(feeds, None if sample.mask is None else sample.mask[:, :tokens])
+
+
 def proof_samples(samples: Iterable[Any], count: int) -> Iterator[Any]:
     """``count`` samples to check a result on: those held out from calibration, else the first ones."""
     return first_samples(getattr(samples, "held_out", None) or samples, count)

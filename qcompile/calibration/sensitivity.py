@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.draft import SWITCHES, Choice, Draft, Steps
-from qcompile.calibration.metric import Divergence, Measured, Metric
+from qcompile.calibration.metric import Measured, Metric
 from qcompile.calibration.observers import sequences
 from qcompile.calibration.runner import Run
-from qcompile.calibration.samples import Sample, first_samples
+from qcompile.calibration.samples import Sample, first_samples, shortened
 from qcompile.pipeline import Context
 from qcompile.progress import track
 from qcompile.quant.schemes import ActivationScheme
@@ -23,7 +23,7 @@ from qcompile.quant.schemes import ActivationScheme
 # Token quantiles to try, largest first: in short texts one token in ten is special (arXiv 2209.13325, section 4.2).
 ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain
-RANKING_TOKENS = 128
+RANKING_TOKENS = 64
 ALPHA_TOKENS = 1024
 Step = tuple[str, ActivationScheme | None]
 PATIENCE = 5  # stop after so many worse quantiles in a row
@@ -77,11 +77,15 @@ def rank(ctx: Context, draft: Draft, metric: Metric, samples: Iterable[Sample]) 
     """Measures every quantised activation by itself on the whole model's output."""
     steps = _ladder(draft)
     moved = _movable(steps).keys()
-    near = list(_shortened(draft.model, first_samples(samples, tokens=RANKING_TOKENS)))
-    divergence = Divergence(ctx, draft.model, metric, near)
+    near = [shortened(draft.model, sample, RANKING_TOKENS) for sample in first_samples(samples, tokens=RANKING_TOKENS)]
+    close = Metric(ctx, draft.model, near, metric.is_perplexity)
+
+    def divergence(run: Run) -> float:
+        return float(np.mean(close.measure_run(run).divergences))
+
     with _opened(ctx, draft, steps, 1.0, metric.output) as switched:
-        rest = divergence.measure_run(switched(moved))
-        apart = {name: divergence.measure_run(switched(moved ^ {name})) for name in track(list(steps), "ranking")}
+        rest = divergence(switched(moved))
+        apart = {name: divergence(switched(moved ^ {name})) for name in track(list(steps), "ranking")}
     # without a step up, what is set apart is the activation as a float: the model gets better by it
     damage = {name: _worst(value - rest if name in moved else rest - value) for name, value in apart.items()}
     return Ranking(dict(sorted(damage.items(), key=lambda item: (-item[1], item[0]))), rest)
@@ -203,21 +207,6 @@ def _bisect(
     return dict(order[:high]) if high <= len(order) else None
 
 
-def _shortened(model: ir.Model, samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Samples cut to the first ``RANKING_TOKENS`` tokens where the model takes any length."""
-    fixed = {value.name for value in model.graph.inputs if value.shape is not None and _is_fixed(value.shape)}
-    for sample in samples:
-        length = {array.shape[1] for array in sample.feeds.values() if array.ndim > 1}
-        if fixed & sample.feeds.keys() or len(length) != 1 or max(length) <= RANKING_TOKENS:
-            yield sample
-            continue
-        feeds = {k: v[:, :RANKING_TOKENS] if v.ndim > 1 else v for k, v in sample.feeds.items()}
-        yield Sample(feeds, None if sample.mask is None else sample.mask[:, :RANKING_TOKENS])
-
-
 def _worst(damage: float) -> float:
     return math.inf if math.isnan(damage) else damage
 
-
-def _is_fixed(shape: ir.Shape) -> bool:
-    return len(shape) > 1 and isinstance(shape[1], int)

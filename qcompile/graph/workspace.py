@@ -7,6 +7,7 @@ model is a small ``.onnx`` beside those files, which ONNX Runtime maps as well.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import shutil
 import tempfile
 from pathlib import Path
@@ -71,6 +72,13 @@ class Workspace:
             if held is None or held.dtype == ir.DataType.STRING or self._owns(held):
                 continue
             value.const_value = self._adopted(held, name)
+
+    def let_go(self, model: ir.Model) -> None:
+        """Take the mapped tensors of ``model`` out of memory; what is read again comes back from their files."""
+        for value in model.graph.initializers.values():
+            held = value.const_value
+            if isinstance(held, ir.ExternalTensor) and held.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+                held.raw.madvise(mmap.MADV_DONTNEED)
 
     def _owns(self, held: ir.TensorProtocol) -> bool:
         if isinstance(held, ir.ExternalTensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from qcompile.calibration import metric as metrics
 from qcompile.calibration.metric import Measured, Metric
 from qcompile.calibration.samples import Sample
 from qcompile.models.architectures import cached_export
@@ -105,14 +107,28 @@ def test_the_drop_of_a_language_model_is_relative_and_of_others_the_figure() -> 
     with bench(cached_export("gpt2")) as found:
         metric = Metric(found.ctx, found.model, samples())
         each = tuple(v + 0.1 for v in metric.reference.each)
-        worse = Measured(metric.name, metric.reference.value * np.exp(0.1), each)
+        assert metric.reference.divergences == pytest.approx((0, 0, 0), abs=1e-6)
+        worse = Measured(metric.name, metric.reference.value * np.exp(0.1), each, (0.05, 0.05, 0.05))
         assert metric.drop(worse) == pytest.approx(np.expm1(0.1))
-        assert metric.cautious_drop(worse) == pytest.approx(np.expm1(0.1))  # no spread, no caution
-        uneven = Measured(
-            metric.name, worse.value, tuple(v + d for v, d in zip(metric.reference.each, (0, 0, 0.3), strict=True))
-        )
-        # mean 0.1 and standard error 0.1: one to three errors of caution
-        assert np.expm1(0.199) < metric.cautious_drop(uneven) < np.expm1(0.401)
+        assert metric.cautious_drop(worse) == pytest.approx(np.expm1(0.1))  # the divergence promises less
+        uneven = dataclasses.replace(worse, divergences=(0, 0, 0.3))  # mean 0.1 and standard error 0.1
+        assert metric.cautious_drop(uneven) == pytest.approx(np.expm1(0.3))
+
+
+def test_the_divergence_of_a_language_model_is_that_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 16)
+    with bench(cached_export("gpt2")) as found:
+        some = samples((5, 60), total=60)
+        metric = Metric(found.ctx, found.model, some)
+        before = outputs(found, some)
+        other = [y * 0.9 for y in before]
+        answers = iter(other)
+        measured = metric.measure_run(lambda feeds: {metric.output: next(answers)})
+        for sample, a, b, figure in zip(some, before, other, measured.divergences, strict=True):
+            p, q = (np.exp(y[0]) / np.exp(y[0]).sum(axis=-1, keepdims=True) for y in (a, b))
+            each = (p * np.log(p / q)).sum(axis=-1)
+            assert sample.mask is not None
+            assert figure == pytest.approx(float(each[sample.mask[0]].mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ("gpt2", "bert"))
@@ -120,7 +136,7 @@ def test_a_model_that_answers_nan_is_infinitely_worse(name: str) -> None:
     """NaN compares false with everything: as a figure it would pass for one that holds the gate."""
     with bench(cached_export(name)) as found:
         metric = Metric(found.ctx, found.model, samples())
-        broken = Measured(metric.name, float("nan"), (float("nan"), 0.1, 0.1))
+        broken = Measured(metric.name, float("nan"), (float("nan"), 0.1, 0.1), (float("nan"), 0.1, 0.1))
         assert metric.drop(broken) == metric.cautious_drop(broken) == float("inf")
 
 

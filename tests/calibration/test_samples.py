@@ -18,8 +18,10 @@ from qcompile.calibration.samples import (
     first_samples,
     load_samples,
     proof_samples,
+    shortened,
 )
 from qcompile.errors import UserError
+from qcompile.models.architectures import cached_export
 
 VOCABULARY = 50
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
@@ -474,3 +476,15 @@ def test_the_first_samples_end_at_a_count_or_at_tokens(count: int | None, tokens
     samples = [Sample({"input_ids": np.full((1, 5), number)}) for number in range(4)]
     found = list(first_samples(samples, count=count, tokens=tokens))
     assert [int(sample.feeds["input_ids"][0, 0]) for sample in found] == list(range(taken))
+
+
+def test_a_long_sample_is_cut_where_the_model_takes_any_length() -> None:
+    ids = np.arange(80).reshape(1, -1)
+    sample = Sample({"input_ids": ids, "attention_mask": np.ones_like(ids)}, ids > 3)
+    model = ir.load(cached_export("bert"))
+    cut = shortened(model, sample, 64)
+    assert {array.shape for array in cut.feeds.values()} == {(1, 64)} and cut.mask is not None
+    np.testing.assert_array_equal(cut.mask, ids[:, :64] > 3)
+    assert shortened(model, sample, 80) is sample
+    model.graph.inputs[0].shape = ir.Shape([1, 80])
+    assert shortened(model, sample, 64) is sample

@@ -13,7 +13,7 @@ import pytest
 from qcompile.calibration.draft import SWITCHES, Draft
 from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.samples import Sample
-from qcompile.calibration.sensitivity import RANKING_TOKENS, _bisect, _ladder, _shortened
+from qcompile.calibration.sensitivity import _bisect, _ladder
 from qcompile.ledger import Entry, Skip
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
@@ -176,16 +176,6 @@ def test_a_switched_model_is_the_model_that_would_be_built(rule: Rule) -> None:
                 choice = draft.choice.with_activation({name: steps[name] for name in moved}, draft.readers())
                 stream = found.ctx.runner.stream(draft.build(choice), [sample], [output])
                 np.testing.assert_allclose(switched, next(stream)[1][output], rtol=1e-5, atol=1e-5)
-
-
-def test_a_long_sample_is_cut_for_the_ranking_where_the_model_takes_any_length() -> None:
-    ids = np.arange(2 * RANKING_TOKENS).reshape(1, -1)
-    sample = Sample({"input_ids": ids, "attention_mask": np.ones_like(ids)}, ids > 3)
-    model = ir.load(cached_export("bert"))
-    (cut,) = _shortened(model, [sample])
-    assert {array.shape for array in cut.feeds.values()} == {(1, RANKING_TOKENS)} == {cut.mask.shape}  # type: ignore
-    model.graph.inputs[0].shape = ir.Shape([1, ids.shape[1]])
-    assert next(_shortened(model, [sample])) is sample
 
 
 # --------------------------------------------------------------------------- bisection
