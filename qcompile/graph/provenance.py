@@ -30,6 +30,11 @@ def original_name(item: ir.Node | ir.Value) -> str:
     return item.metadata_props.get(ORIGIN) or item.name or _unnamed(item)
 
 
+def is_anonymous(value: ir.Value) -> bool:
+    """Whether ``value`` had no name in the user's model, or one that an exporter made up."""
+    return bool(_ANONYMOUS.match(value.metadata_props.get(ORIGIN, "")))
+
+
 def layer_name(node: ir.Node) -> str:
     """The module that the node came from, such as ``model.layers.3.mlp.down_proj``.
 

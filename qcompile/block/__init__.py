@@ -1,0 +1,1 @@
+"""One transformer block at a time: cut out, run, differentiated and learned."""
