@@ -21,14 +21,13 @@ import onnx_ir as ir
 
 from qcompile.calibration.draft import Choice, Draft
 from qcompile.calibration.metric import Metric
-from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.sensitivity import choose_alpha, hold_gate, likely_exceptions, rank
+from qcompile.calibration.trial import calibrate_draft
 from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.progress import warn
-from qcompile.quant.numerics import CLIP_BELOW_BITS
 from qcompile.recipe import Op, Rule
 
 
@@ -64,7 +63,7 @@ class Quantise(Pass):
         if not draft.choice.weights:
             ctx.ledger.note("nothing to quantise: no linear with a constant weight was found")
             return 0
-        self._calibrate(ctx, draft)
+        calibrate_draft(ctx, draft, energy=self.energy)
         choice, alpha = self._decide(ctx, draft)
         _record_exceptions(ctx, draft)
         self._record(ctx, draft, choice)
@@ -88,18 +87,6 @@ class Quantise(Pass):
         sound = draft.choice.with_activation(likely_exceptions(draft, ranking, ctx.max_drop), readers)
         alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
         return hold_gate(ctx, draft, ranking, metric, alpha, ctx.max_drop), alpha
-
-    def _calibrate(self, ctx: Context, draft: Draft) -> None:
-        choice = draft.choice
-        static = {n: s for n, s in choice.activations.items() if not s.dynamic or s.outlier_threshold is not None}
-        for node in draft.model.graph:
-            scheme = choice.attention.get(str(node.outputs[0].name))
-            if scheme is not None:
-                static.update({str(v.name): scheme for v in node.inputs[:3] if v is not None})
-        narrow = self.energy and any(s.bits < CLIP_BELOW_BITS for s in choice.weights.values())
-        energy = draft.inputs() if narrow else []
-        if static or energy:
-            draft.ranges = calibrate(ctx, draft.model, static, energy)
 
     def _record(self, ctx: Context, draft: Draft, choice: Choice) -> None:
         for linear in find_linears(draft.model.graph):

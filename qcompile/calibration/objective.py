@@ -8,7 +8,7 @@ assumed. Sources: Outlier Suppression+ (arXiv 2304.09145) Eq. 6 and 7 and Algori
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -186,10 +186,18 @@ class Objective:
         None).
         """
         w = self._w * scale[:, None]
+        bias = self._b + shift @ self._w if shift.any() else self._b
+        return self._error((self._x - shift) / scale, w, bias, limits)
+
+    def turned_loss(self, turn: Callable[[np.ndarray], np.ndarray]) -> float:
+        """The same when an orthogonal ``turn`` of rows (n, channels) is applied to x and to the columns of W."""
+        w = turn(self._w.T).T.astype(np.float32)
+        return self._error(turn(self._x).astype(np.float32), w, self._b, None)
+
+    def _error(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray, limits: tuple[float, float] | None) -> float:
         if self.weights is not None:
             w = fake_quantize_weight(w, self.weights)
-        bias = self._b + shift @ self._w if shift.any() else self._b
-        x = self._quantized((self._x - shift) / scale, limits)
+        x = self._quantized(x, limits)
         total = 0.0
         for index, results in enumerate(self._through(matmul(x, w) + bias)):
             for result, target, weight in zip(results, self._target[index], self._token_weights[index], strict=True):
