@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "os_plus": "qcompile.passes.os_plus:OsPlus",
     "smoothquant": "qcompile.passes.smoothquant:SmoothQuant",
     "outlier_suppression": "qcompile.passes.outlier_suppression:OutlierSuppression",
+    "rotate": "qcompile.passes.rotate:Rotate",
     "quantise": "qcompile.passes.quantise:Quantise",
 }
 ENTRY_POINTS = "qcompile.passes"
