@@ -168,7 +168,8 @@ class _Trials:
 
 
 def _ladder(draft: Draft) -> dict[str, ActivationScheme | None]:
-    """The next step up for each activation: static -> per token with the same bits -> 8 bits -> float."""
+    """The next step up for each activation: a static one to per token with the same bits, one per token to 8 bits, and
+    None, float, for those with 8 bits per token."""
     steps: dict[str, ActivationScheme | None] = {}
     for name, scheme in draft.choice.activations.items():
         if scheme.dynamic:
