@@ -14,7 +14,15 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 DELAY_S = 2.0  # quicker than this needs no bar
 Item = TypeVar("Item")
@@ -37,6 +45,8 @@ class _Screen:
                     BarColumn(),
                     MofNCompleteColumn(),
                     TimeElapsedColumn(),
+                    TextColumn("left"),
+                    TimeRemainingColumn(),
                     console=Console(stderr=True),
                     transient=True,
                 )

@@ -209,7 +209,8 @@ class _Translation:
         kind = ir.DataType.from_numpy(array.dtype)
         dtype = self._type(kind)
         if dtype is None:
-            raise UserError(f"a constant of type {kind} cannot be learned through", where=self._place(value), hint=_HINT)
+            message = f"a constant of type {kind} cannot be learned through"
+            raise UserError(message, where=self._place(value), hint=_HINT)
         if array.ndim == 0 or (array.size <= SHAPE_SIZE and not dtype.is_floating_point):
             made = self._graph.call_function(layout.constant, (array.tolist(), dtype))
             self._host.add(made)

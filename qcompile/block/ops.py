@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qcompile.block import layout
 from qcompile.block.layout import Integers, whole
+from qcompile.block.quantisers import round_through
 from qcompile.graph.functions import DOMAIN
 from qcompile.quant.numerics import SCALE_FLOOR
 
@@ -194,11 +195,6 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: f
 
 
 # ------------------------------------------------------------------------------------------ quantisation
-
-
-def round_through(x: Tensor) -> Tensor:
-    """Half to even; the gradient passes as if nothing were rounded (straight-through estimator)."""
-    return x + (x.round() - x).detach()
 
 
 def fake_quantize_per_token(x: Tensor, *, levels: float) -> Tensor:

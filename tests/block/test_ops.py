@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qcompile.block.fx import to_torch
-from qcompile.block.ops import OPS, fake_quantize_per_token, round_through
+from qcompile.block.ops import OPS, fake_quantize_per_token
 from qcompile.graph.functions import DOMAIN, use
 from tests.graph.models import session, spelled
 
@@ -225,14 +225,6 @@ def test_static_quantisation_equals_onnxruntime_and_passes_gradients(codes: Any,
     inside = (y - leaf).abs() <= torch.from_numpy(constants["s"]) / 2 + 1e-6
     assert torch.equal(slope != 0, inside)
     assert 0.1 < float(inside.float().mean()) < 0.9
-
-
-def test_rounding_is_half_to_even_with_the_gradient_of_the_identity() -> None:
-    x = torch.tensor([0.5, 1.5, -2.5, 0.2], requires_grad=True)
-    y = round_through(x)
-    assert y.tolist() == [0.0, 2.0, -2.0, 0.0]
-    (slope,) = torch.autograd.grad((y * torch.arange(4)).sum(), x)
-    assert slope.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_the_grid_of_a_token_follows_its_extremes() -> None:
