@@ -32,7 +32,11 @@ PASSES: dict[str, str] = {
     "os_plus": "qcompile.passes.os_plus:OsPlus",
     "smoothquant": "qcompile.passes.smoothquant:SmoothQuant",
     "outlier_suppression": "qcompile.passes.outlier_suppression:OutlierSuppression",
+    "awq": "qcompile.passes.awq:Awq",
+    "rtn": "qcompile.passes.rtn:Rtn",
+    "gptq": "qcompile.passes.gptq:Gptq",
     "rotate": "qcompile.passes.rotate:Rotate",
+    "lwc": "qcompile.passes.lwc:Lwc",
     "quantise": "qcompile.passes.quantise:Quantise",
 }
 ENTRY_POINTS = "qcompile.passes"

@@ -16,6 +16,7 @@ from qcompile.calibration.ranges import Ranges, outlier_columns
 from qcompile.errors import ContractError
 from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.functions import is_op
+from qcompile.graph.grids import grid_of
 from qcompile.graph.provenance import original_name
 from qcompile.graph.qdq import (
     keep_columns,
@@ -71,6 +72,7 @@ class Draft:
         self.left: list[tuple[str, str, str]] = []  # (site, reason, node): what the recipe leaves float
         self._float_inputs: set[str] = set()  # linears that read their activation in float
         self._codes: dict[tuple[str, WeightScheme, bytes], QuantizedWeight] = {}
+        self._solved = {linear.name: linear.weight for linear in find_linears(model.graph)}
         self.choice = self._choose(recipe)
 
     def inputs(self) -> list[str]:
@@ -196,10 +198,19 @@ class Draft:
         """
         key = (name, scheme, zeroed.tobytes())
         if key not in self._codes:
-            made = quantize_weight(w, scheme, energy)
+            made = self._grid(name, scheme, zeroed) or quantize_weight(w, scheme, energy)
             held = self._workspace.tensor(made.codes, name).numpy()
             self._codes[key] = dataclasses.replace(made, codes=held)
         return self._codes[key]
+
+    def _grid(self, name: str, scheme: WeightScheme, zeroed: np.ndarray) -> QuantizedWeight | None:
+        """The codes that a pass has chosen for a linear's weight, with the rows ``zeroed`` at their zero points."""
+        grid = grid_of(self._solved[name], scheme) if name in self._solved else None
+        if grid is None or not zeroed.size:
+            return grid
+        codes, zero = grid.codes.copy(), grid.zero_point
+        codes[zeroed] = zero if grid.group_size is None else zero[zeroed // grid.group_size]
+        return dataclasses.replace(grid, codes=codes)
 
     def _weight(self, model: ir.Model, linear: Linear, choice: Choice) -> int:
         scheme = choice.weights.get(linear.name)
