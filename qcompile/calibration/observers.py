@@ -242,19 +242,25 @@ def observe(
         for name, found in collectors.items():
             for rows in sequences(values[name], sample.mask):
                 if not np.isfinite(rows).all():
-                    raise _not_finite(model, name, rows)
+                    raise not_finite(model, name, rows)
                 seen[name] += rows.size
                 for collector in found:
                     collector.update(rows)
     for name, count in seen.items():
         if not count:
-            raise UserError(
-                f"no calibration sample reaches '{_shown(model, name)}', so it has no range",
-                hint="give --calib at least one sample with an unmasked token",
-            )
+            raise unreached(model, name)
 
 
-def _not_finite(model: ir.Model, name: str, rows: np.ndarray) -> UserError:
+def unreached(model: ir.Model, name: str) -> UserError:
+    """That no real token comes to the value ``name``."""
+    return UserError(
+        f"no calibration sample reaches '{_shown(model, name)}', so it has no range",
+        hint="give --calib at least one sample with an unmasked token",
+    )
+
+
+def not_finite(model: ir.Model, name: str, rows: np.ndarray) -> UserError:
+    """That ``rows`` of the value ``name`` hold NaN or infinities."""
     kind = "NaN" if np.isnan(rows).any() else "infinities"
     return UserError(
         f"the activation '{_shown(model, name)}' holds {kind} on a calibration sample",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.observers import sequences
+from qcompile.calibration.observers import not_finite, sequences, unreached
 from qcompile.graph.linears import Linear, find_linears
 from qcompile.graph.qdq import quantize_per_token
 from qcompile.pipeline import Arrays, Context
@@ -74,13 +74,22 @@ class Stream:
         self._shelf.keep(set(after))
 
     def rows(self) -> Iterator[np.ndarray]:
-        """The real rows (tokens, K) of the stage's input, sequence by sequence, quantised where the program does it."""
+        """The real rows (tokens, K) of the stage's input, sequence by sequence, quantised where the program does it.
+
+        Raises UserError where one is not finite, or where there is none.
+        """
         name = str(self._stages[self._place].x.name)
         scheme = self._activations.get(name)
+        empty = True
         for number, sample in enumerate(self._ctx.samples):
             for rows in sequences(self._get(number, sample.feeds, name), sample.mask):
+                if not np.isfinite(rows).all():
+                    raise not_finite(self._model, name, rows)
                 if rows.size:
+                    empty = False
                     yield rows if scheme is None else fake_quantize_per_token(rows, scheme.bits, scheme.symmetric)
+        if empty:
+            raise unreached(self._model, name)
 
     def _inputs(self) -> dict[str, ir.Value]:
         return {str(v.name): v for v in self._model.graph.inputs if not v.is_initializer()}

@@ -7,12 +7,14 @@ import pytest
 
 from qcompile.calibration.moments import gather
 from qcompile.calibration.observers import sequences
+from qcompile.calibration.samples import Sample
 from qcompile.calibration.stages import Stage, Stream, find_stages
+from qcompile.errors import UserError
 from qcompile.graph.edits import replace_constant
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import ActivationScheme
-from tests.passes.planted import Bench, bench
+from tests.passes.planted import Bench, bench, inputs, normed, outlier_norm
 
 Array = np.ndarray
 NAMES = ("llama", "bert", "t5", "mixtral", "phi", "vit")
@@ -73,6 +75,18 @@ def test_inputs_are_quantised_as_in_the_program() -> None:
                 assert off > 0.01 * spread
                 if place == 0:
                     assert off <= spread / 15 / 2 * 1.01, "only rounding, before anything came before"
+
+
+def test_samples_that_say_nothing_are_refused_by_name() -> None:
+    bad = inputs(2)
+    bad[1].feeds["x"][0, 3, 3] = np.nan
+    for samples, reason in ((bad, "holds NaN"), ([Sample({"x": np.zeros((1, 0, 32), np.float32)})], "no calibration")):
+        with bench(normed(*outlier_norm()), samples) as found:
+            stages = stages_of(found)
+            with Stream(found.ctx, found.model, stages, {}) as stream, pytest.raises(UserError, match=reason) as caught:
+                stream.advance()
+                gather(stream.rows)
+            assert "'normed'" in str(caught.value)
 
 
 def test_moments_are_the_mean_and_a_sink_token_does_not_own_them() -> None:
