@@ -230,16 +230,17 @@ class Objective:
         return root
 
     def _weigh(self) -> list[list[np.ndarray]]:
-        """Each token's weight: 1 / (its squared norm + the median one) + 1 / the mean squared norm.
+        """Each token's weight: 1 / (its squared norm + the median one), and with dynamic ranges + 1 / the mean one.
 
         The first part keeps a sink token, thousands of times the others' size, from owning the sum; the second
-        keeps it from being lost in it, for all later tokens attend to it.
+        keeps it from being lost in it, for all later tokens attend to it. Where all tokens share a range, saving the
+        sink would cost every other token its precision.
         """
         norms = [[_token_squares(t) for t in found] for found in self._target]
         if not self.relative:
             return [[np.ones_like(n) for n in found] for found in norms]
         joined = [np.concatenate(parts) for parts in zip(*norms, strict=True)]
-        sizes = [(float(np.median(n)), max(float(n.mean()), 1e-20)) for n in joined]
+        sizes = [(float(np.median(n)), np.inf if self.is_static else max(float(n.mean()), 1e-20)) for n in joined]
         return [
             [1 / np.maximum(n + middle, 1e-20) + 1 / mean for n, (middle, mean) in zip(found, sizes, strict=True)]
             for found in norms

@@ -13,10 +13,12 @@ from qcompile.calibration.observers import ChannelRange, observe
 from qcompile.calibration.samples import first_samples
 from qcompile.graph.sites import Site, as_linear
 from qcompile.pipeline import Context
+from qcompile.quant.schemes import ActivationScheme
 
 CHUNK_BYTES = 256 << 20  # activations held at a time
 ROUNDS = 2  # of refinement
 RANGE_TOKENS = 4096
+LARGEST_LOG = 4.0  # a power scale stays within e^-4 .. e^4 of its mean: a channel hardly seen gets no extreme one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _objective(
         weights=rule.weights.model_copy(update={"clip": "minmax"})
         if rule is not None and rule.weights is not None
         else None,
-        activations=rule.activations if rule is not None else None,
+        activations=_searched(ctx, rule.activations) if rule is not None else None,
         x=x,
         region=region,
         extra=[{n: values[n] for n in extra_names} for _, values in runs],
@@ -120,11 +122,33 @@ def _objective(
     )
 
 
+def _searched(ctx: Context, scheme: ActivationScheme | None) -> ActivationScheme | None:
+    """Under a gate, ranges for each token: where a static one then costs much, the gate gives one for each token.
+
+    A scale that is searched to save a static range of a sink token spends the weights' precision on it in vain.
+    """
+    if ctx.max_drop is None or scheme is None or scheme.dynamic:
+        return scheme
+    return ActivationScheme(bits=scheme.bits, granularity="per_token", symmetric=scheme.symmetric)
+
+
 def _token_mask(sample: object, value: np.ndarray) -> np.ndarray | None:
     mask: np.ndarray | None = getattr(sample, "mask", None)
     if mask is None or mask.all() or mask.size != int(np.prod(value.shape[:-1])):
         return None
     return mask.reshape(-1).astype(bool)
+
+
+def power_scale(size: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
+    """s_j = size_j^a / |W_j|^(1 - a), geometric mean one; unused channels (no size, no weight) stay.
+
+    SmoothQuant's form (arXiv 2211.10438, Eq. 4), with the root mean square of the row W_j. ``size`` is the largest
+    magnitude where one range serves all tokens, and the root mean square of length-one tokens where each has its own.
+    """
+    used = (size > 0) & (weight > 0)
+    logs = exponent * np.log(np.where(used, size, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
+    logs -= logs[used].mean() if used.any() else 0.0
+    return np.where(used, np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG)), 1.0).astype(np.float32)
 
 
 def threshold_grid(top: float, floor: float, points: int) -> np.ndarray:
