@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
-import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -15,9 +13,9 @@ from qcompile.calibration.samples import Sample
 from qcompile.errors import ContractError
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import ARCHITECTURES, LAYERS, cached_export
+from tests.block.stacks import planted, samples
 from tests.passes.planted import Bench, bench
 
-C = 8
 TOLERANCE = 1e-5  # measured: at most 4e-7
 
 
@@ -94,43 +92,6 @@ def test_a_block_keeps_the_weights_that_the_model_has() -> None:
 
 
 # --------------------------------------------------------------------------- planted graphs
-
-HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
-BODY = """
-    n0 = LayerNormalization <axis = -1> (x0, gain)
-    a0 = MatMul (n0, l0a)
-    r0 = Relu (a0)
-    b0 = MatMul (r0, l0b)
-    {middle}
-    n1 = LayerNormalization <axis = -1> (x1, gain)
-    a1 = MatMul (n1, l1a)
-    r1 = Relu (a1)
-    b1 = MatMul (r1, l1b)
-    x2 = Add (x1, b1)
-    n2 = LayerNormalization <axis = -1> (x2, gain)
-    y = MatMul (n2, head_w)
-}}"""
-WEIGHTS = {"l0a": "layers.0.a", "l0b": "layers.0.b", "l1a": "layers.1.a", "l1b": "layers.1.b", "head_w": "head"}
-
-
-def planted(middle: str, before: str = "x0 = Identity (x)") -> ir.Model:
-    """Two blocks of two linears (``layers.0``, ``layers.1``) and a head; ``middle`` joins the first to its residual."""
-    body = BODY.format(middle=middle).strip()
-    text = f"{HEADER}g (float[b, s, {C}] x, float[b, s, {C}] z) => (float[b, s, {C}] y) {{\n{before}\n{body}"
-    proto = onnx.parser.parse_model(text)
-    generator = np.random.default_rng(0)
-    weights = {"gain": np.ones(C, np.float32)}
-    weights |= {f"{name}.weight": generator.standard_normal((C, C)).astype(np.float32) for name in WEIGHTS.values()}
-    for node in proto.graph.node:
-        node.name = node.output[0]
-        node.input[:] = [f"{WEIGHTS[name]}.weight" if name in WEIGHTS else name for name in node.input]
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-
-
-def samples(count: int = 2) -> list[Sample]:
-    drawn = np.random.default_rng(1).standard_normal((count, 2, 1, 5, C)).astype(np.float32)
-    return [Sample({"x": x, "z": z}) for x, z in drawn]
 
 
 def checked(model: ir.Model) -> Cut:
