@@ -197,6 +197,15 @@ def test_the_search_quantises_as_the_recipe_does() -> None:
     assert results["w8a8_static"][1] > 10 * results["w8a8_static"][0]
 
 
+@pytest.mark.parametrize("max_drop", (None, 0.01))
+def test_under_a_gate_a_static_recipe_is_searched_with_ranges_per_token(max_drop: float | None) -> None:
+    gamma, beta = outlier_norm()
+    with bench(normed(gamma, beta), inputs(), "w8a8_static") as found:
+        found.ctx.max_drop = max_drop
+        objective = next(iter(objectives(found.ctx, found.model, find_sites(found.model), 64)))[1]
+        assert objective.is_static == (max_drop is None)
+
+
 def test_a_residual_gets_the_original_back() -> None:
     gamma, beta = outlier_norm()
     with bench(normed(gamma, beta, readers=2, residual=True), inputs()) as found:
