@@ -38,7 +38,8 @@ def check_feeds(feeds: Arrays, inputs: Mapping[str, Input], where: str, longest:
     for name, array in feeds.items():
         item = _known(name, inputs, where)
         if not _shape_fits(array.shape, item.shape) or array.dtype != item.dtype:
-            raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}", where=where)
+            hint = "make it of that type and rank; sizes that are numbers must be equal"
+            raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}", where=where, hint=hint)
         _check_size(item, array, where, longest)
         _check_vocabulary(item, array, where)
         for axis, (size, symbol) in enumerate(zip(array.shape, item.shape, strict=True)):
@@ -46,7 +47,7 @@ def check_feeds(feeds: Arrays, inputs: Mapping[str, Input], where: str, longest:
                 known, other = sizes.setdefault(symbol, (size, name))
                 if known != size:
                     what = f"axis {axis} of '{name}' has length {size}, but '{symbol}' of '{other}' has {known}"
-                    raise UserError(what, where=where)
+                    raise UserError(what, where=where, hint="cut or pad one of them, so that they go together")
 
 
 def _check_size(item: Input, array: np.ndarray, where: str, longest: int) -> None:
@@ -116,9 +117,9 @@ def _fitted(array: np.ndarray, item: Input, file: Path) -> np.ndarray:
         what += f": rank {array.ndim}, not {len(item.shape)}"
         raise UserError(what, where=str(file), hint=f"the first axis counts samples: give [{expected}]")
     if not _shape_fits(array.shape[1:], item.shape[1:]) or not np.can_cast(array.dtype, item.dtype, "same_kind"):
-        raise UserError(what, where=str(file))
+        raise UserError(what, where=str(file), hint="the first axis counts the samples; the others are the model's")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"'{item.name}' holds {_first_bad(array)}", where=str(file))
+        raise UserError(f"'{item.name}' holds {_first_bad(array)}", where=str(file), hint="leave that sample out")
     return array.astype(item.dtype, copy=False)
 
 

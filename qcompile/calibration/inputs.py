@@ -108,7 +108,8 @@ def _input(value: ir.Value) -> Input:
     try:
         dtype = np.dtype(value.dtype.numpy())
     except TypeError as error:
-        raise UserError(f"input '{value.name}' has type {value.dtype.name}, which is no array") from error
+        what = f"input '{value.name}' has type {value.dtype.name}, which is no array"
+        raise UserError(what, hint="export the model with an input of ordinary numbers") from error
     if dtype.kind == "O":
         hint = "cut off what turns text into numbers, and compile the rest"
         raise UserError(f"input '{value.name}' is text, not numbers", hint=hint)

@@ -75,7 +75,8 @@ class SampleSet:
                 self.held_out.append(sample)
         if self._length == 0:
             wanted = f"the model takes {self._batch} at a time" if self._batch > 1 else "at least one is needed"
-            raise UserError(f"the calibration data holds no complete sample; {wanted}")
+            hint = "give --calib more rows, or leave it out for built-in data"
+            raise UserError(f"the calibration data holds no complete sample; {wanted}", hint=hint)
 
     def __len__(self) -> int:
         return self._length

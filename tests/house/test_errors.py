@@ -9,9 +9,6 @@ import pytest
 
 from tests.house.test_imports import ROOT, sources
 
-# Their hints are still to be written.
-WITHOUT = {"calibration/arrays.py", "calibration/inputs.py", "calibration/samples.py"}
-
 
 def hintless(text: str) -> list[int]:
     """The lines where ``UserError`` or ``GateError`` is made without a hint."""
@@ -20,7 +17,7 @@ def hintless(text: str) -> list[int]:
     return [call.lineno for call in made if not any(word.arg == "hint" for word in call.keywords)]
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p.as_posix() not in WITHOUT], ids=str)
+@pytest.mark.parametrize("path", sources(), ids=str)
 def test_an_error_has_a_hint(path: Path) -> None:
     assert hintless((ROOT / "qcompile" / path).read_text()) == []
 
