@@ -82,3 +82,13 @@ def lacks_vnni() -> bool:
         return False
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)  # x86 alone
     return flags is not None and _VNNI.isdisjoint(flags)
+
+
+def require_torch() -> None:
+    """Raises UserError where torch is absent; nothing is imported."""
+    if not _is_installed("torch"):
+        raise UserError(
+            "torch is not installed, and passes that learn need it",
+            where="the Python environment",
+            hint="pip install 'qcompile-nn[torch]'",
+        )
