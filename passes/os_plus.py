@@ -20,13 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.objective import Objective
-from qcompile.calibration.search import Found, objectives, search, threshold_grid
+from qcompile.calibration.search import Found, objectives, power_scale, search, threshold_grid
 from qcompile.calibration.transform import Mode, Ranges, Transform
 from qcompile.graph.functions import is_op
 from qcompile.graph.sites import Site
 from qcompile.pipeline import Context, check_range
 
-LARGEST_LOG = 4.0  # a power scale stays within e^-4 .. e^4 of its mean: a channel hardly seen gets no extreme one
 POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds, around SmoothQuant's 0.5
 
 
@@ -111,18 +110,6 @@ class OsPlus(Transform):
         if other.loss == found.loss:
             return found
         return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
-
-
-def power_scale(size: np.ndarray, weight: np.ndarray, exponent: float) -> np.ndarray:
-    """s_j = size_j^a / |W_j|^(1 - a), geometric mean one; unused channels (no size, no weight) stay.
-
-    SmoothQuant's form (arXiv 2211.10438, Eq. 4), with the root mean square of the row W_j. ``size`` is the largest
-    magnitude where one range serves all tokens, and the root mean square of length-one tokens where each has its own.
-    """
-    used = (size > 0) & (weight > 0)
-    logs = exponent * np.log(np.where(used, size, 1.0)) - (1 - exponent) * np.log(np.where(used, weight, 1.0))
-    logs -= logs[used].mean() if used.any() else 0.0
-    return np.where(used, np.exp(np.clip(logs, -LARGEST_LOG, LARGEST_LOG)), 1.0).astype(np.float32)
 
 
 def _largest(rows: np.ndarray, values: np.ndarray) -> np.ndarray:

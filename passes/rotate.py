@@ -54,6 +54,7 @@ class Rotate(Pass):
     v_o: rotate the values of each head, where that makes the output projection better
     online: rotate the input of down projections at run time, where that makes them better
     untie: give a head that shares its table with an embedding a table of its own; off: leave such streams
+    scales: judge streams as with the channel scales of a transform that follows; off: as the rotation leaves them
     block: channels that an online rotation mixes at most
     tokens: tokens that the choices are made on, about
     """
@@ -66,6 +67,7 @@ class Rotate(Pass):
     v_o: bool = True
     online: bool = False
     untie: bool = True
+    scales: bool = True
     block: int = 64
     tokens: int = 512
 
@@ -89,7 +91,8 @@ class Rotate(Pass):
         legal = [number for number, stream in enumerate(streams) if self._legal(stream, ctx)]
         if not legal:
             return 0
-        trials = Trials(ctx, model, list(first_samples(ctx.samples, tokens=self.tokens)))
+        samples = list(first_samples(ctx.samples, tokens=self.tokens))
+        trials = Trials(ctx, model, samples, scales=self.scales)
         changed = model.clone()
         _turn_all(changed, legal, ctx)
         before, after = trials.loss(model), trials.loss(changed)

@@ -11,25 +11,60 @@ import onnx_ir as ir
 from qcompile.calibration.draft import Draft
 from qcompile.calibration.metric import Metric
 from qcompile.calibration.ranges import calibrate
+from qcompile.calibration.search import power_scale
+from qcompile.graph.fold import fold
 from qcompile.graph.functions import is_op
-from qcompile.graph.sites import ATTENTIONS
+from qcompile.graph.sites import ATTENTIONS, Site, find_sites
 from qcompile.pipeline import Context
 from qcompile.quant.numerics import CLIP_BELOW_BITS
 from qcompile.quant.schemes import ActivationScheme
 
+EXPONENT = 0.5  # of the scales that stand for what a transform would find
+
 
 class Trials:
-    """Compares float models of one function by what each loses when it is quantised, on a few samples."""
+    """Compares float models of one function by what each loses when it is quantised, on a few samples.
 
-    def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
-        self._ctx, self._samples = ctx, list(samples)
+    ``scales``: each with plain channel scales folded into its norms first, as a transform that follows would do.
+    """
+
+    def __init__(self, ctx: Context, model: ir.Model, samples: Sequence[Any], scales: bool = False) -> None:
+        self._ctx, self._samples, self._scales = ctx, list(samples), scales
         self._metric = Metric(ctx, model, self._samples)
 
     def loss(self, model: ir.Model) -> float:
         """Mean divergence of ``model``, quantised, from the float model: nats a token, or 1 - cosine."""
+        if self._scales:
+            model = model.clone()
+            fold_scales(self._ctx, model, self._samples)
         draft = Draft(model, self._ctx.recipe, self._ctx.workspace)
         calibrate_draft(self._ctx, draft, self._samples)
         return float(np.mean(self._metric.measure(draft.build()).divergences))
+
+
+def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
+    """Fold s_j = size_j^a / |W_j|^(1 - a) into every norm and gate whose readers' activations are quantised."""
+    found = [site for site in find_sites(model) if site.kind in ("norm", "up_down") and _scalable(ctx, site)]
+    names = {id(site): str(site.linears[0].x.name) for site in found}
+    ranges = calibrate(ctx, model, {}, list(dict.fromkeys(names.values())), samples)
+    for site in found:
+        energy = ranges.energy(names[id(site)])
+        assert energy is not None
+        scale = power_scale(np.sqrt(energy), _row_size(site), EXPONENT)
+        fold(model, site, scale, np.zeros_like(scale), ctx.workspace)
+
+
+def _scalable(ctx: Context, site: Site) -> bool:
+    rule = ctx.recipe.for_linear(site.linears[0])
+    return not site.reason and rule is not None and rule.activations is not None
+
+
+def _row_size(site: Site) -> np.ndarray:
+    """Root mean square of every row of all readers' weights, (channels,)."""
+    readers = [np.asarray(r.w).reshape(-1, r.rows, r.columns) for r in (*site.linears, *site.experts)]
+    columns = sum(len(w) * w.shape[2] for w in readers)
+    squares = np.sum([np.einsum("ekn,ekn->k", w, w) for w in readers], axis=0)
+    return np.asarray(np.sqrt(squares / columns), np.float32)
 
 
 def calibrate_draft(ctx: Context, draft: Draft, samples: Sequence[Any] | None = None, energy: bool = True) -> None:
