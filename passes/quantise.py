@@ -85,9 +85,7 @@ class Quantise(Pass):
             for name, damage in ranking.damage.items()
         ]
         sound = draft.choice.with_activation(likely_exceptions(draft, ranking, ctx.max_drop), readers)
-        alpha = 1.0 if self.alpha is None else self.alpha
-        if self.alpha is None and any(scheme.bits < 8 for scheme in sound.activations.values()):
-            alpha = choose_alpha(ctx, draft, sound, self.alpha_samples)
+        alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
         return hold_gate(ctx, draft, ranking, metric, alpha, ctx.max_drop), alpha
 
     def _record(self, ctx: Context, draft: Draft, choice: Choice) -> None:

@@ -22,7 +22,7 @@ from qcompile.quant.schemes import ActivationScheme
 
 # Token quantiles to try, largest first: in short texts one token in ten is special (arXiv 2209.13325, section 4.2).
 ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain
+ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain but what a few sink tokens take
 RANKING_TOKENS = 64
 ALPHA_TOKENS = 1024
 Step = tuple[str, ActivationScheme | None]
