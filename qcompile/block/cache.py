@@ -2,9 +2,10 @@
 
     <folder>/state.json                     blocks that are done, and what was noted of them; written last
     <folder>/model-<done>.onnx, *.bin       the model then; the .bin files are those that the walk has added
+    <folder>/*.npz                          codes that a solver chose for weights of that model
     <folder>/float|quantised/<value>/<sample>.npy
 
-A folder belongs to one key: the model, the recipe, the pass with its options, the samples and the versions.
+A folder belongs to one pass with its options, and one key: the model, the recipe, the seed, the samples, the versions.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.graph.grids import all_grids, remember_grid
 from qcompile.graph.workspace import Workspace
 from qcompile.manifest import versions
+from qcompile.quant.numerics import QuantizedWeight
+from qcompile.quant.schemes import WeightScheme
 from qcompile.recipe import Recipe
 
 Stream = Literal["float", "quantised"]
@@ -33,16 +37,19 @@ _STATE = "state.json"
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """``parts``: how many parts of the model are done; ``facts``: by block, in order, what was noted."""
+    """parts: how many parts of the model are done; facts: by block, in order, what was noted
+    grids: by the weight's name, the file of its codes
+    """
 
     parts: int = 0
     facts: dict[str, Facts] = dataclasses.field(default_factory=dict)
+    grids: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def make_key(model: ir.Model, recipe: Recipe, label: str, seed: int, samples: Iterable[Any]) -> str:
-    """A digest of all that decides the result; ``model`` must have its tensors in a workspace."""
+def make_key(model: ir.Model, recipe: Recipe, seed: int, samples: Iterable[Any]) -> str:
+    """A digest of all that decides the result of a pass; ``model`` must have its tensors in a workspace."""
     digest = hashlib.sha256()
-    about = {"label": label, "seed": seed, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+    about = {"seed": seed, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
     digest.update(json.dumps(about, sort_keys=True).encode())
     digest.update(ir.to_proto(model).SerializeToString(deterministic=True))  # large tensors by their digests
     for sample in samples:
@@ -65,6 +72,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._workspace, self._outlives = workspace, parent is not None
         self._known = _locations(model)
+        self._kept: dict[str, tuple[QuantizedWeight, str]] = {}
         self.state = self._read_state() if self._outlives else State()
 
     # ----------------------------------------------------------------- values
@@ -101,7 +109,7 @@ class Cache:
             _copy(self._workspace.root / location, self.folder / location)
         path = self._snapshot(state.parts)
         ir.save(model, path)
-        self._write_state(state)
+        self._write_state(dataclasses.replace(state, grids=self._keep_grids(model)))
         for old in set(self.folder.glob("model-*.onnx")) - {path}:
             old.unlink()
 
@@ -118,6 +126,16 @@ class Cache:
         model.functions.clear()
         model.functions.update(held.functions)
         self._workspace.adopt(model)
+        for name, file in self.state.grids.items():
+            remember_grid(model.graph.initializers[name], *_read_grid(self.folder / file), self._workspace)
+
+    def _keep_grids(self, model: ir.Model) -> dict[str, str]:
+        """The file of each weight's codes, by the weight's name; files are named by what they hold."""
+        for value, weight, scheme in all_grids(model):
+            name = str(value.name)
+            if name not in self._kept or self._kept[name][0] is not weight:
+                self._kept[name] = weight, _write_grid(self.folder, weight, scheme)
+        return {str(value.name): self._kept[str(value.name)][1] for value, _, _ in all_grids(model)}
 
     def _in_workspace(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         return ir.ExternalTensor(
@@ -154,6 +172,28 @@ def _copy(source: Path, target: Path) -> None:
     beside = target.with_name(f".{target.name}")
     shutil.copyfile(source, beside)
     os.replace(beside, target)
+
+
+def _write_grid(folder: Path, weight: QuantizedWeight, scheme: WeightScheme) -> str:
+    """The name of the file that was written."""
+    about = json.dumps({"group_size": weight.group_size, "scheme": scheme.model_dump(mode="json")}, sort_keys=True)
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    for array in (weight.codes, weight.scale, weight.zero_point):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    name = f"{digest.hexdigest()}.npz"
+    beside = folder / f".{name}"
+    np.savez(
+        beside, about=np.array(about), codes=weight.codes, scale=weight.scale, zero_point=weight.zero_point
+    )  # fmt: skip
+    os.replace(beside, folder / name)
+    return name
+
+
+def _read_grid(path: Path) -> tuple[QuantizedWeight, WeightScheme]:
+    with np.load(path, allow_pickle=False) as held:
+        about = json.loads(str(held["about"]))
+        weight = QuantizedWeight(held["codes"], held["scale"], held["zero_point"], about["group_size"])
+    return weight, WeightScheme.model_validate(about["scheme"])
 
 
 def _slug(name: str) -> str:

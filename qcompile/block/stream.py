@@ -190,7 +190,7 @@ class _Walk:
         self._blocks = made.blocks
         last = max((place for place, part in enumerate(made.parts) if part.is_block), default=-1)
         self._parts = made.parts[: last + 1]
-        key = make_key(model, ctx.recipe, label, ctx.seed, samples)
+        key = make_key(model, ctx.recipe, ctx.seed, samples)
         self._cache = Cache(folder, label, key, model, ctx.workspace)
         self._shared: set[str] = set()  # values that are the same in both streams, kept once
 

@@ -8,6 +8,7 @@ model has it as well.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,13 @@ def grid_of(value: ir.Value, scheme: WeightScheme) -> QuantizedWeight | None:
     if held is None or not np.array_equal(held, weight.dequantized()):
         return None
     return weight  # type: ignore[no-any-return]
+
+
+def all_grids(model: ir.Model) -> Iterator[tuple[ir.Value, QuantizedWeight, WeightScheme]]:
+    """Every initializer that was given codes, with them; an edit since may have made them void."""
+    for value in model.graph.initializers.values():
+        if _KEY in value.meta:
+            yield value, *value.meta[_KEY]
 
 
 def _same_format(one: WeightScheme, other: WeightScheme) -> bool:

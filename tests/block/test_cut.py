@@ -12,6 +12,7 @@ from qcompile.block.cut import Cut, Part, cut, extract
 from qcompile.calibration.samples import Sample
 from qcompile.errors import ContractError
 from qcompile.graph.linears import find_linears
+from qcompile.graph.provenance import LAYER, ORIGIN
 from qcompile.models.architectures import ARCHITECTURES, LAYERS, cached_export
 from tests.block.stacks import planted, samples
 from tests.passes.planted import Bench, bench
@@ -71,6 +72,17 @@ def operator(model: ir.Model, name: str) -> str:
 def test_a_block_ends_at_the_residual_stream(name: str, end: str) -> None:
     with bench(cached_export(name)) as found:
         assert {operator(found.model, part.output) for part in cut(found.model).blocks} == {end}
+
+
+@pytest.mark.parametrize("name", ["bert", "opt_post_ln", "llama", "falcon"])
+def test_blocks_without_names_have_the_same_borders(name: str) -> None:
+    with bench(cached_export(name)) as found:
+        named = cut(found.model).blocks
+        for number, node in enumerate(found.model.graph):
+            node.metadata_props[LAYER] = node.metadata_props[ORIGIN] = f"node_{number}"
+        made = cut(found.model)
+        assert [(part.needs, part.gives) for part in made.blocks] == [(part.needs, part.gives) for part in named]
+        assert [part.name for part in made.blocks] == ["block.0", "block.1"]
 
 
 def test_an_encoder_gives_its_states_to_every_block_of_the_decoder() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,9 +20,12 @@ from qcompile.block.stream import reconstruct
 from qcompile.calibration.draft import Draft
 from qcompile.calibration.samples import Sample
 from qcompile.graph.edits import new_initializer, replace_constant
+from qcompile.graph.grids import grid_of, remember_grid
 from qcompile.graph.linears import Linear, find_linears
 from qcompile.ledger import Skip
 from qcompile.models.architectures import ARCHITECTURES, cached_export
+from qcompile.quant.numerics import quantize_weight
+from qcompile.quant.schemes import WeightScheme
 from tests.block.stacks import planted, samples, stack
 from tests.passes.planted import Bench, bench
 
@@ -271,6 +275,26 @@ def test_a_change_of_the_graph_inside_a_block_survives_a_kill(tmp_path: Path) ->
         assert (step[0], step[1]) == ("layers.1", 2)
         assert np.array_equal(step[2], after)
         assert "doubled" in {node.name for node in found.model.graph}
+
+
+def test_codes_that_were_chosen_survive_a_kill(tmp_path: Path) -> None:
+    """The codes here are not what rounding gives, and rounding their values would choose other scales."""
+    scheme, chosen = WeightScheme(bits=4), {}
+    with bench(cached_export("gpt2"), recipe="w4a16") as found:
+        for step in reconstruct(found.ctx, found.model, LABEL, folder=tmp_path):
+            if step.number == 2:
+                break
+            for linear in step.linears:
+                rounded = quantize_weight(np.asarray(linear.w), scheme)
+                chosen[linear.name] = dataclasses.replace(rounded, codes=rounded.codes // 2)
+                remember_grid(linear.weight, chosen[linear.name], scheme, found.ctx.workspace)
+    with bench(cached_export("gpt2"), recipe="w4a16") as found:
+        assert [step[1] for step in reconstruct_all(found, tmp_path)] == [2]
+        weights = {linear.name: linear.weight for linear in find_linears(found.model.graph)}
+        for name, weight in chosen.items():
+            again = grid_of(weights[name], scheme)
+            assert again is not None
+            assert np.array_equal(again.codes, weight.codes)
 
 
 def doubled(found: Bench) -> None:
