@@ -183,7 +183,8 @@ def test_ctrl_c_cleans_up_and_exits_130(model: Path, calib: Path, tmp_path: Path
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     code = (
-        "import sys; from qcompile import backends, cli; "
+        "import signal, sys; from qcompile import backends, cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background run has none
         "backends.TARGETS['plain'] = 'tests.surface.plain:Plain'; sys.exit(cli.main(sys.argv[1:]))"
     )
     root = Path(__file__).parents[2]
