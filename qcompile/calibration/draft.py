@@ -76,9 +76,11 @@ class Draft:
         self.choice = self._choose(recipe)
 
     def inputs(self) -> list[str]:
-        """The inputs of all linears whose weights are quantised."""
-        linears = find_linears(self.model.graph)
-        return list(dict.fromkeys(str(linear.x.name) for linear in linears if linear.name in self.choice.weights))
+        """The inputs of all linears whose weights are quantised and whose codes no pass has chosen yet."""
+        schemes = self.choice.weights
+        linears = [linear for linear in find_linears(self.model.graph) if linear.name in schemes]
+        open_ones = [x for x in linears if self._grid(x.name, schemes[x.name], NOTHING) is None]
+        return list(dict.fromkeys(str(linear.x.name) for linear in open_ones))
 
     def readers(self) -> dict[str, list[str]]:
         """For each quantised activation the linears that read it."""

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompile.calibration.draft import Draft
 from qcompile.calibration.samples import Sample
 from qcompile.errors import UserError
 from qcompile.graph.grids import grid_of
@@ -43,6 +44,7 @@ def test_the_codes_of_the_solver_are_those_of_the_program_and_of_its_file(
         assert rule is not None and rule.weights is not None
         grids = {x.name: grid_of(x.weight, rule.weights) for x in find_linears(found.model.graph) if not x.is_head}
         assert len(grids) >= 7
+        assert not Draft(found.model, found.ctx.recipe, found.ctx.workspace).inputs(), "there is no clip left to search"
         found.run("quantise")
         for model in (found.model, ir.load(found.ctx.workspace.save(found.model, "again"))):
             nodes = weights_of(model)
