@@ -20,13 +20,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.objective import Objective
-from qcompile.calibration.search import Found, objectives, power_scale, search, threshold_grid
+from qcompile.calibration.search import Found, objectives, power_scale, refine, search, threshold_grid
 from qcompile.calibration.transform import Mode, Ranges, Transform
 from qcompile.graph.functions import is_op
 from qcompile.graph.sites import Site
 from qcompile.pipeline import Context, check_range
 
-POWERS = (0.4, 0.55, 0.7)  # exponents tried beside the thresholds, around SmoothQuant's 0.5
+POWERS = (0.25, 0.4, 0.55, 0.7)  # exponents tried beside the thresholds, around SmoothQuant's 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OsPlus(Transform):
     mode: fold into producers, insert nodes, or auto: insert behind norms that cannot fold
     objective: what the search measures: the linears alone, or auto: attention and gate where there is one
     points: thresholds that the search tries
-    refine: thresholds that each finer round tries around the best one; 0: no finer rounds
+    refine: thresholds that each finer round tries around the best one, where no power is better; 0: no finer rounds
     tokens: tokens that the search looks at, about
     t_min: no threshold is smaller
     family: scales that the search tries: thresholds, or auto: also powers as SmoothQuant's
@@ -96,9 +96,9 @@ class OsPlus(Transform):
         baseline = objective.loss(one[rows], zero[rows])
         top = float(reach.max())
         floor = max(min(self.t_min, top), float(np.median(reach)) * 0.25, 1e-6)
-        found = search(threshold_grid(top, floor, self.points).tolist(), threshold, loss, baseline, self.refine)
+        found = search(threshold_grid(top, floor, self.points).tolist(), threshold, loss, baseline)
         if self.family == "threshold":
-            return found
+            return refine(found, self.refine, threshold, loss)
         size = reach if objective.is_static else _largest(rows, objective.energy(centre[rows]))
         weight = _largest(rows, objective.weight_size)
 
@@ -108,7 +108,7 @@ class OsPlus(Transform):
         assert found.loss is not None
         other = search(POWERS, power, loss, found.loss)
         if other.loss == found.loss:
-            return found
+            return refine(found, self.refine, threshold, loss)
         return dataclasses.replace(other, baseline=baseline, curve=found.curve, rule="power")
 
 

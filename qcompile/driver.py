@@ -335,8 +335,8 @@ def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
     """The packaged program, as a user would run it, against the model as it was captured."""
     gc.collect()  # the session that inspected the kernels
     program = open_program(folder)
-    results = verify.keep((program(s.feeds) for s in verify.some(ctx)), ctx, "packaged")
-    return verify.compare(verify.original, results, ctx, None)
+    results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
+    return verify.compare(verify.original, results, None)
 
 
 def _check_gate(gate: dict[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.samples import proof_samples, shortened
+from qcompile.calibration.samples import PROOF_TOKENS, proof_samples, shortened
 from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.graph.finite import bad_weight
 from qcompile.graph.provenance import layer_name
@@ -21,10 +21,8 @@ from qcompile.ledger import Entry, Proof
 from qcompile.pipeline import Arrays, Context, IrPass, Pass
 from qcompile.progress import say
 
-PROOF_SAMPLES = 2
 LOST_DB = -200.0  # NaN came out, or something came of nothing
 LAYERS_AT_A_TIME = 256
-LAYER_TOKENS = 128  # a few are enough for a ratio of squared sums, and long samples cost much memory
 VALUES = 1 << 20  # compared at a time, so that a large vocabulary costs no memory
 Interface = list[dict[str, object]]
 Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
@@ -153,8 +151,8 @@ class Verify:
     The outputs of the model as captured stay on disk (``original``), those after each pass until the next.
     """
 
-    def __init__(self, samples: int = PROOF_SAMPLES) -> None:
-        self._samples = samples
+    def __init__(self) -> None:
+        self.samples: list[Any] = []
         self._held: list[dict[str, Path]] = []
         self.original: list[dict[str, Path]] = []
         self._interface: dict[str, Interface] = {}
@@ -164,6 +162,7 @@ class Verify:
         self._interface = interface(model)
         if not self.original:
             _refuse_bad_weight(model)
+            self.samples = proof_samples(model, ctx.samples)
             self.original = self._held = self._run_original(model, ctx)
             self._refuse_nan()
         if step.preserves == "analysis":
@@ -179,16 +178,16 @@ class Verify:
             return
         now = self._run_after(model, step, ctx)
         tolerance = step.tolerance if step.preserves == "function" else None
-        entry.proof = self.compare(self._held, now, ctx, tolerance)
+        entry.proof = self.compare(self._held, now, tolerance)
         if not entry.proof.holds:
             figures = f"relative difference {entry.proof.relative:.2e}, allowed {tolerance:.0e}"
             raise _contract(step, f"changed the function: {figures}")
         self._held = now
 
-    def compare(self, before: Stored, after: Stored, ctx: Context, tolerance: float | None) -> Proof:
+    def compare(self, before: Stored, after: Stored, tolerance: float | None) -> Proof:
         """The Proof that stored outputs are equal over unmasked positions; raises where shapes differ."""
         worst: dict[str, Difference] = {}
-        for sample, old, new in zip(self.some(ctx), before, after, strict=True):
+        for sample, old, new in zip(self.samples, before, after, strict=True):
             for name, path in old.items():
                 one, other = np.load(path, mmap_mode="r"), np.load(new[name], mmap_mode="r")
                 if one.shape != other.shape:
@@ -208,10 +207,6 @@ class Verify:
         gc.collect()  # a session of onnxruntime sits in a reference cycle, and holds a copy of the weights
         return kept
 
-    def some(self, ctx: Context) -> Iterator[Any]:
-        """The samples that the proofs are made on."""
-        return proof_samples(ctx.samples, self._samples)
-
     def _run(self, model: ir.Model, ctx: Context, stem: str, samples: Iterable[Any]) -> list[dict[str, Path]]:
         names = [v.name for v in model.graph.outputs if v.name is not None]
         stream = ctx.runner.stream(model, samples, names, label="verify")
@@ -221,7 +216,7 @@ class Verify:
         """Raises UserError with the shapes of the sample that the model cannot run."""
         tried: list[Any] = []
         try:
-            return self._run(model, ctx, "original", _noted(self.some(ctx), tried))
+            return self._run(model, ctx, "original", _noted(self.samples, tried))
         except UserError as error:
             if not tried:
                 raise  # it does not load
@@ -233,7 +228,7 @@ class Verify:
     def _run_after(self, model: ir.Model, step: Pass, ctx: Context) -> list[dict[str, Path]]:
         stem = "even" if self._held and "even" not in next(iter(self._held[0].values())).name else "odd"
         try:
-            return self._run(model, ctx, stem, self.some(ctx))
+            return self._run(model, ctx, stem, self.samples)
         except QCompileError as error:
             raise _contract(step, f"left a model that does not run: {error.message}") from error
 
@@ -273,8 +268,8 @@ def _contract(step: Pass, what: str) -> QCompileError:
 
 
 class LayerErrors:
-    """Per-layer SQNR of ``quantise``: outputs of the linears that exist before and after it, on the first
-    ``LAYER_TOKENS`` tokens of one sample.
+    """Per-layer SQNR of ``quantise``: outputs of the linears that exist before and after it, on a few
+    tokens of one sample: enough for a ratio of squared sums, where long samples cost much memory.
 
     The figure of a layer includes the error that reaches it from the layers before.
     """
@@ -294,7 +289,7 @@ class LayerErrors:
             return
         present = {v.name for node in model.graph for v in node.outputs}
         now = self._fetch(model, ctx, [name for name in self._layers if name in present], "after")
-        mask = shortened(model, next(proof_samples(ctx.samples, 1)), LAYER_TOKENS).mask
+        mask = _short_sample(model, ctx).mask
         layers = [{"site": self._layers[n], "sqnr_db": self._sqnr(n, path, mask)} for n, path in now.items()]
         entry.facts.setdefault("layers", layers)
 
@@ -306,7 +301,7 @@ class LayerErrors:
     def _fetch(self, model: ir.Model, ctx: Context, names: list[str], stem: str) -> dict[str, Path]:
         """Values of one sample as files, fetched a few at a time so that they never fill the memory."""
         found: dict[str, Path] = {}
-        one = [shortened(model, sample, LAYER_TOKENS) for sample in proof_samples(ctx.samples, 1)]
+        one = [_short_sample(model, ctx)]
         for start in range(0, len(names), LAYERS_AT_A_TIME):
             some = names[start : start + LAYERS_AT_A_TIME]
             for _, arrays in ctx.runner.stream(model, one, some, label="layers"):
@@ -314,6 +309,10 @@ class LayerErrors:
                     found[name] = ctx.workspace.root / f"layer-{stem}-{len(found)}.npy"
                     np.save(found[name], array)
         return found
+
+
+def _short_sample(model: ir.Model, ctx: Context) -> Any:
+    return shortened(model, proof_samples(model, ctx.samples)[-1], PROOF_TOKENS)
 
 
 def _linear_outputs(model: ir.Model) -> Iterator[tuple[str, str]]:

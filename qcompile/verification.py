@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest
 from qcompile.backends.base import Program, open_program
-from qcompile.calibration.samples import proof_samples
+from qcompile.calibration.samples import Sample, proof_samples
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
-from qcompile.instruments import PROOF_SAMPLES, Difference, interface, proof_of
+from qcompile.instruments import Difference, interface, proof_of
 from qcompile.intake import take, take_samples
 from qcompile.report import decibels
 
@@ -56,10 +57,11 @@ def verify(
         words = tokenizer if tokenizer is not None else taken.tokenizer
         count = record["calibration"]["samples"]  # the same ones are held out then
         samples, _ = take_samples(taken.model, calibration, words, count, max_length, record["seed"])
-        checks.append(_runs(program, samples))
+        some = proof_samples(taken.model, samples)
+        checks.append(_runs(program, some))
         if original is not None:
             checks.append(_source(taken.source, record))
-            checks.append(_outputs(program, taken.model, samples, workspace, record))
+            checks.append(_outputs(program, taken.model, some, workspace, record))
     return [*checks, _kernels(folder, record)]
 
 
@@ -84,8 +86,8 @@ def _interface(folder: Path, record: manifest.Manifest) -> Check:
     return Check("interface", True, f"kept: {names}")
 
 
-def _runs(program: Program, samples: Any) -> Check:
-    for number, sample in enumerate(proof_samples(samples, PROOF_SAMPLES)):
+def _runs(program: Program, samples: Sequence[Sample]) -> Check:
+    for number, sample in enumerate(samples):
         first, second = program(sample.feeds), program(sample.feeds)
         for name, array in first.items():
             if array.dtype.kind == "f" and np.isnan(array).any():
@@ -110,20 +112,17 @@ def _digests(source: dict[str, Any]) -> list[str]:
 
 
 def _outputs(
-    program: Program, model: ir.Model, samples: Any, workspace: Workspace, record: manifest.Manifest
+    program: Program, model: ir.Model, samples: Sequence[Sample], workspace: Workspace, record: manifest.Manifest
 ) -> Check:
     from qcompile.calibration.runner import OrtRunner
 
     names = [v.name for v in model.graph.outputs if v.name]
     worst: dict[str, Difference] = {name: Difference() for name in names}
-    count = 0
-    some = proof_samples(samples, PROOF_SAMPLES)
-    for sample, before in OrtRunner(workspace).stream(model, some, names, label="original"):
+    for sample, before in OrtRunner(workspace).stream(model, samples, names, label="original"):
         after = program(sample.feeds)
         for name in names:
             worst[name].add(before[name], after[name], sample.mask)
-        count += 1
-    proof = proof_of(worst.values(), count, None)
+    proof = proof_of(worst.values(), len(samples), None)
     recorded = record["end_to_end"]["sqnr_db"]
     bound = float("inf") if recorded is None else recorded - SLACK_DB
     words = f"SQNR {decibels(manifest.plain(proof.sqnr_db))}, when compiled {decibels(recorded)}"

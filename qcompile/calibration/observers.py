@@ -156,9 +156,10 @@ class TokenWise(MinMax):
         self._top, self._bottom = LogHistogram(1.002), LogHistogram(1.002)
 
     def update(self, rows: np.ndarray) -> None:
-        super().update(rows)
-        self._top.update(rows.max(axis=-1))
-        self._bottom.update(rows.min(axis=-1))
+        top, bottom = rows.max(axis=-1), rows.min(axis=-1)
+        super().update(np.concatenate([top, bottom]))
+        self._top.update(top)
+        self._bottom.update(bottom)
 
     def clipped(self, alpha: float) -> Range:
         """The range that the tokens' extremes stay in with share ``alpha``."""

@@ -23,6 +23,7 @@ Arrays = dict[str, np.ndarray]
 BUILT_IN_TEXT = Path(__file__).parent / "data" / "calibration.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl")
 RANDOM_SAMPLES, RANDOM_LENGTH = 16, 128
+PROOF_TOKENS = 128  # of a sample that is cut short
 HELD_OUT = 2  # samples that are kept from calibration, to check the result on
 
 
@@ -166,9 +167,13 @@ def shortened(model: ir.Model, sample: Sample, tokens: int) -> Sample:
     return Sample(feeds, None if sample.mask is None else sample.mask[:, :tokens])
 
 
-def proof_samples(samples: Iterable[Any], count: int) -> Iterator[Any]:
-    """``count`` samples to check a result on: those held out from calibration, else the first ones."""
-    return first_samples(getattr(samples, "held_out", None) or samples, count)
+def proof_samples(model: ir.Model, samples: Iterable[Any]) -> list[Any]:
+    """Samples to check a result on, of those held out from calibration, else the first: one whole, one cut short.
+
+    Two lengths show what holds for one alone, and a few tokens cost little.
+    """
+    found = list(first_samples(getattr(samples, "held_out", None) or samples, 2))
+    return found[:1] + [shortened(model, sample, PROOF_TOKENS) for sample in found[1:]]
 
 
 def load_samples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from qcompile.quant.schemes import ActivationScheme
 
 CHUNK_BYTES = 256 << 20  # activations held at a time
 ROUNDS = 2  # of refinement
-RANGE_TOKENS = 4096
+RANGE_TOKENS = 2048
 LARGEST_LOG = 4.0  # a power scale stays within e^-4 .. e^4 of its mean: a channel hardly seen gets no extreme one
 
 
@@ -159,39 +160,37 @@ def threshold_grid(top: float, floor: float, points: int) -> np.ndarray:
     return np.geomspace(top, floor, points) if top > floor else np.array([top])
 
 
-def search(
-    candidates: Sequence[float],
-    transform: Callable[[float], tuple[np.ndarray, np.ndarray]],
-    loss: Callable[[float, np.ndarray, np.ndarray], float],
-    baseline: float,
-    refine: int = 0,
-) -> Found:
-    """The candidate with the smallest loss (ties: the first); the identity stays when nothing beats ``baseline``.
+Transform = Callable[[float], tuple[np.ndarray, np.ndarray]]  # parameter -> scale, shift
+Loss = Callable[[float, np.ndarray, np.ndarray], float]
 
-    Then ``refine`` more points, evenly spaced in their logarithm, are tried between the neighbours of the best
-    one, ``ROUNDS`` times.
-    """
-    curve: list[tuple[float, float]] = []
-    best: tuple[float, float] | None = None
 
-    def attempt(parameter: float) -> None:
-        nonlocal best
-        value = loss(parameter, *transform(parameter))
-        curve.append((float(parameter), value))
-        if best is None or value < best[1]:
-            best = (float(parameter), value)
+def search(candidates: Sequence[float], transform: Transform, loss: Loss, baseline: float) -> Found:
+    """The candidate with the smallest loss (ties: the first); the identity stays when nothing beats ``baseline``."""
+    return _best([(float(p), loss(p, *transform(p))) for p in candidates], transform, baseline)
 
-    for candidate in candidates:
-        attempt(candidate)
-    assert best is not None
-    for _ in range(ROUNDS if refine else 0):
+
+def refine(found: Found, points: int, transform: Transform, loss: Loss) -> Found:
+    """``found``, or better: ``points`` more candidates, evenly spaced in their logarithm, between the neighbours of
+    the best one, ``ROUNDS`` times."""
+    assert found.baseline is not None
+    curve = list(found.curve)
+    for _ in range(ROUNDS if points else 0):
         order = sorted(p for p, _ in curve)
-        place = order.index(best[0])
+        place = order.index(min(curve, key=_by_loss)[0])
         low, high = order[max(place - 1, 0)], order[min(place + 1, len(order) - 1)]
         if low < high and low > 0:
-            for parameter in np.geomspace(high, low, refine + 2)[1:-1]:
-                attempt(float(parameter))
-    scale, shift = transform(best[0])
-    if not best[1] < baseline:
-        return Found(np.ones_like(scale), np.zeros_like(shift), best[0], baseline, baseline, sorted(curve))
-    return Found(scale, shift, best[0], best[1], baseline, sorted(curve))
+            between = np.geomspace(high, low, points + 2)[1:-1].tolist()
+            curve += [(p, loss(p, *transform(p))) for p in between]
+    return _best(curve, transform, found.baseline)
+
+
+def _best(curve: list[tuple[float, float]], transform: Transform, baseline: float) -> Found:
+    parameter, value = min(curve, key=_by_loss)
+    scale, shift = transform(parameter)
+    if not value < baseline:
+        return Found(np.ones_like(scale), np.zeros_like(shift), parameter, baseline, baseline, sorted(curve))
+    return Found(scale, shift, parameter, value, baseline, sorted(curve))
+
+
+def _by_loss(tried: tuple[float, float]) -> float:
+    return math.inf if math.isnan(tried[1]) else tried[1]

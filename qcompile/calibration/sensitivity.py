@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from qcompile.progress import track
 from qcompile.quant.schemes import ActivationScheme
 
 # Token quantiles to try, largest first: in short texts one token in ten is special (arXiv 2209.13325, section 4.2).
+# Every other one until they get worse, then the neighbours of the best one.
 ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain but what a few sink tokens take
+STRIDE = 2
 RANKING_TOKENS = 64
 ALPHA_TOKENS = 1024
 Step = tuple[str, ActivationScheme | None]
-PATIENCE = 5  # stop after so many worse quantiles in a row
+PATIENCE = 2  # stop after so many worse quantiles in a row
 
 
 def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int) -> float:
@@ -37,18 +39,34 @@ def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int) -> floa
     samples = list(first_samples(ctx.samples, count=count, tokens=ALPHA_TOKENS))
     output = str(draft.model.graph.outputs[0].name)
     reference = [values[output] for _, values in ctx.runner.stream(draft.model, samples, [output], "choosing the clip")]
-    best, best_error, worse, curve = 1.0, np.inf, 0, []
-    for alpha in ALPHAS if min(s.bits for s in schemes) < 8 else ALPHAS_8_BIT:
-        error = _output_error(ctx, draft.build(choice, alpha), samples, output, reference)
-        curve.append([alpha, error])
-        if error < best_error:
-            best, best_error, worse = alpha, error, 0
+
+    def error(alpha: float) -> float:
+        return _output_error(ctx, draft.build(choice, alpha), samples, output, reference)
+
+    found = _descend(error, *((ALPHAS, STRIDE) if min(s.bits for s in schemes) < 8 else (ALPHAS_8_BIT, 1)))
+    ctx.ledger.current.facts["alpha_search"] = [[alpha, found[alpha]] for alpha in sorted(found, reverse=True)]
+    return min(found, key=lambda alpha: (found[alpha], -alpha))
+
+
+def _descend(error: Callable[[float], float], grid: Sequence[float], stride: int) -> dict[float, float]:
+    """Errors of the points tried: each ``stride``-th until ``PATIENCE`` in a row are worse, then those around the best.
+
+    A point that is NaN counts as infinitely bad.
+    """
+    found: dict[float, float] = {}
+    best = worse = 0
+    for place in range(0, len(grid), stride):
+        found[grid[place]] = _worst(error(grid[place]))
+        if found[grid[place]] < found[grid[best]]:
+            best, worse = place, 0
         else:
-            worse += 1
+            worse += place > 0
         if worse >= PATIENCE:
             break
-    ctx.ledger.current.facts["alpha_search"] = curve
-    return best
+    for place in range(max(best - stride + 1, 0), min(best + stride, len(grid))):
+        if grid[place] not in found:
+            found[grid[place]] = _worst(error(grid[place]))
+    return found
 
 
 def _output_error(ctx: Context, trial: ir.Model, samples: list[Any], output: str, reference: list[np.ndarray]) -> float:

@@ -406,8 +406,14 @@ def test_what_is_not_calibrated_on_is_held_out(count: int, held: list[int], tmp_
     path = npz(tmp_path / "c.npz", input_ids=np.arange(6)[:, None].repeat(4, 1))
     samples = load_samples(model(IDS), path, None, max_samples=count)
     assert ids_of(samples) == list(range(count)) and ids_of(samples.held_out) == held
-    assert ids_of(proof_samples(samples, 2)) == (held or [0, 1])
-    assert ids_of(proof_samples(list(samples), 2)) == [0, 1]
+    assert ids_of(proof_samples(model(IDS), samples)) == (held or [0, 1])
+    assert ids_of(proof_samples(model(IDS), list(samples))) == [0, 1]
+
+
+def test_a_proof_sees_two_lengths(tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((3, 300), int))
+    some = proof_samples(model(IDS), load_samples(model(IDS), path, None))
+    assert [sample.feeds["input_ids"].shape[1] for sample in some] == [300, 128]
 
 
 def test_text_and_random_data_hold_samples_out(tmp_path: Path) -> None:

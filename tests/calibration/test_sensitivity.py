@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from qcompile.calibration.draft import SWITCHES, Draft
 from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.samples import Sample
-from qcompile.calibration.sensitivity import _bisect, _ladder
+from qcompile.calibration.sensitivity import ALPHAS, _bisect, _descend, _ladder
 from qcompile.ledger import Entry, Skip
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
@@ -201,3 +202,14 @@ def test_bisection_finds_the_shortest_prefix_wherever_it_starts(count: int) -> N
 @pytest.mark.parametrize("count", (0, 1, 2, 9))
 def test_bisection_says_when_nothing_holds(count: int, figure: float) -> None:
     assert _bisect(lambda changes: figure, [(f"site{i}", None) for i in range(count)], 0.5) is None
+
+
+@pytest.mark.parametrize(("bottom", "tried"), [(1.0, 4), (0.98, 6), (0.96, 7), (0.3, 10)])
+def test_the_descent_finds_the_lowest_point_in_few_tries(bottom: float, tried: int) -> None:
+    found = _descend(lambda alpha: abs(math.log(alpha / bottom)), ALPHAS, 2)
+    assert min(found, key=lambda alpha: found[alpha]) == bottom and len(found) == tried
+
+
+def test_the_descent_goes_on_behind_a_point_that_is_not_a_number() -> None:
+    found = _descend(lambda alpha: math.nan if alpha == 1.0 else alpha, ALPHAS, 2)
+    assert min(found, key=lambda alpha: found[alpha]) == ALPHAS[-1]

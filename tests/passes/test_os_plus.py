@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompile.calibration.search import objectives, search
+from qcompile.calibration.search import objectives, refine, search
 from qcompile.graph.sites import describe, find_sites
 from qcompile.models.architectures import ARCHITECTURES, cached_export
 from qcompile.passes.smoothquant import smoothing
@@ -71,7 +71,10 @@ def test_a_search_that_does_not_beat_the_baseline_keeps_the_identity(baseline: f
     def transform(t: float) -> tuple[Array, Array]:
         return np.full(3, 4 / t), np.full(3, t)
 
-    found = search([4.0, 2.0, 1.0], transform, lambda t, scale, shift: 1 + abs(t - 2), baseline, refine=2)
+    def loss(t: float, scale: Array, shift: Array) -> float:
+        return 1 + abs(t - 2)
+
+    found = refine(search([4.0, 2.0, 1.0], transform, loss, baseline), 2, transform, loss)
     assert (found.scale == 1).all() == kept and (found.shift == 0).all() == kept
     assert found.baseline == baseline and found.loss == (baseline if kept else 1.0)
     assert found.parameter == 2.0 and len(found.curve) > 3
