@@ -92,13 +92,25 @@ class SampleSet:
     def _batches(self) -> Iterator[list[Arrays]]:
         """The rows of each sample; those that fill no batch are left out."""
         held: list[Arrays] = []
-        for row in self._rows():
+        for row in map(self._without_padding, self._rows()):
             if held and not self._fits(held[0], row):
                 held = []
             held.append(row)
             if len(held) == self._batch:
                 yield held
                 held = []
+
+    def _without_padding(self, row: Arrays) -> Arrays:
+        """``row`` up to its last real token, so that counts of tokens are of real ones, and padding costs nothing."""
+        mask = row.get(self._mask_input) if self._can_pad and self._mask_input is not None else None
+        if mask is None or not mask.any():
+            return row
+        axes = self.inputs[str(self._mask_input)].shape[1:]
+        alike = [name for name in row if self.inputs[name].shape[1:] == axes]
+        if not str(axes[0]).isidentifier() or any(row[name].shape != mask.shape for name in alike):
+            return row
+        end = int(np.flatnonzero(mask)[-1]) + 1
+        return row | {name: row[name][:end] for name in alike}
 
     def _fits(self, first: Arrays, row: Arrays) -> bool:
         """Rows of different lengths share a batch only when a mask can say which tokens are padding."""

@@ -394,6 +394,17 @@ def test_axes_without_a_name_may_differ(tmp_path: Path) -> None:
     assert [array.shape for array in sample.feeds.values()] == [(1, 4), (1, 2)]
 
 
+@pytest.mark.parametrize(
+    ("mask", "length"), [([1, 1, 0, 0], 2), ([0, 1, 1, 0], 3), ([1, 1, 1, 1], 4), ([0, 0, 0, 0], 4)]
+)
+def test_padding_on_the_right_is_left_out(mask: list[int], length: int, tmp_path: Path) -> None:
+    path = npz(tmp_path / "c.npz", input_ids=np.arange(4)[None], attention_mask=np.array([mask]))
+    (sample,) = load_samples(model(IDS, MASK), path, None)
+    assert {name: array.tolist() for name, array in sample.feeds.items()} == {
+        "input_ids": [list(range(length))], "attention_mask": [mask[:length]],
+    }  # fmt: skip
+
+
 # --------------------------------------------------------------------------- held out
 
 
