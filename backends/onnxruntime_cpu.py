@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from qcompile.backends.base import Kernel
 from qcompile.backends.ort import (
     attention,
+    cache,
     flatten,
     floats,
     inspection,
@@ -46,8 +47,10 @@ class OnnxRuntimeCpu:
         model.graph.sort()
         _raise_opset(model)
         grown: dict[int, ir.Value] = {}
+        caches = cache.rewrite(model, ctx.workspace, ctx.ledger)
         counts = {
-            "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger),
+            "caches": len(caches),
+            "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger, caches),
             "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
             "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
             "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, grown),

@@ -15,9 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", choices=sorted(PACKAGES))
     parser.add_argument("--opset", type=int, default=21)
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--with-past", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        print(exported(options.model, opset=options.opset, attention=options.attention))
+        print(exported(options.model, opset=options.opset, attention=options.attention, with_past=options.with_past))
     except QCompileError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

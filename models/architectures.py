@@ -14,9 +14,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.capture import hf_folder, torch_model
+from qcompile.capture import hf_folder, torch_cache, torch_model
 from qcompile.capture.hf_folder import example_inputs, output_name, prepare, quiet_transformers
-from qcompile.capture.torch_model import capture_module
+from qcompile.capture.torch_model import capture_module, capture_with_past
 from qcompile.errors import unknown_name
 from qcompile.models.cache import cache_root, cached_folder, exporter_key
 
@@ -214,8 +214,18 @@ def random_inputs(like: Inputs, seed: int = SEED) -> Inputs:
     return {name: fill(name, value) for name, value in like.items()}
 
 
-def export(name: str, folder: str | os.PathLike[str], *, opset: int = 20, attention: str = "sdpa") -> Path:
-    """Write ``folder/<name>.onnx`` and return its path."""
+def export(
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    opset: int = 20,
+    attention: str = "sdpa",
+    with_past: bool = False,
+) -> Path:
+    """Write ``folder/<name>.onnx`` and return its path; ``with_past``: with the key/value cache."""
+    if with_past:
+        written = capture_with_past(build(name, attention)[0], folder, opset=opset)
+        return written.replace(Path(folder) / f"{name}.onnx")
     module, inputs, shapes = build(name, attention)
     written = capture_module(module, inputs, shapes, folder, opset=opset, output_names=[output_name(module)])
     return written.replace(Path(folder) / f"{name}.onnx")
@@ -226,22 +236,23 @@ def cached_export(
     *,
     opset: int = 20,
     attention: str = "sdpa",
+    with_past: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """As ``export``, cached until a library or the code that makes it changes."""
     if name not in ARCHITECTURES:
         raise unknown_name("architecture", name, ARCHITECTURES)
-    key = f"{exporter_key()}-{_source_key()}-opset{opset}-{attention}"
+    key = f"{exporter_key()}-{_source_key()}-opset{opset}-{attention}{'-past' if with_past else ''}"
 
     def make(folder: Path) -> None:
-        export(name, folder, opset=opset, attention=attention)
+        export(name, folder, opset=opset, attention=attention, with_past=with_past)
 
     return cached_folder(cache_root(cache_dir) / "small" / f"{name}-{key}", make) / f"{name}.onnx"
 
 
 def _source_key() -> str:
     """A digest of the code that decides what an export holds."""
-    sources = (__file__, torch_model.__file__, hf_folder.__file__)
+    sources = (__file__, torch_model.__file__, torch_cache.__file__, hf_folder.__file__)
     return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
 
 

@@ -51,15 +51,20 @@ def exported(
     *,
     opset: int = 21,
     attention: str = "sdpa",
+    with_past: bool = False,
 ) -> Path:
-    """The cached ONNX export of ``minilm`` or ``smollm2``, made when it is not there yet."""
+    """The cached ONNX export of ``minilm`` or ``smollm2``, made when it is not there yet.
+
+    ``with_past``: with the key/value cache as inputs and outputs (see ``capture_with_past``)
+    """
     source = hf_folder(name, cache_dir)
 
     def make(target: Path) -> None:
-        capture_hf_folder(source, target, opset=opset, attention=attention)
+        capture_hf_folder(source, target, opset=opset, attention=attention, with_past=with_past)
         _copy_tokenizer(source, target)
 
-    return cached_folder(cache_root(cache_dir) / f"{name}-onnx-{_key(name)}-opset{opset}-{attention}", make)
+    past = "-past" if with_past else ""
+    return cached_folder(cache_root(cache_dir) / f"{name}-onnx-{_key(name)}-opset{opset}-{attention}{past}", make)
 
 
 def hf_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:

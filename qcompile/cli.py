@@ -18,6 +18,7 @@ from qcompile.commands.analyze import analyze
 from qcompile.commands.bench import bench
 from qcompile.commands.compile import compile_command
 from qcompile.commands.explain import explain
+from qcompile.commands.run import run
 from qcompile.commands.tables import passes, recipes, targets
 from qcompile.commands.verify import verify
 from qcompile.errors import QCompileError, UserError, unknown_name
@@ -51,7 +52,7 @@ def surface() -> None:
     """
 
 
-for _verb in (compile_command, analyze, explain, verify, bench, passes, targets, recipes):
+for _verb in (compile_command, analyze, explain, verify, bench, run, passes, targets, recipes):
     surface.add_command(_verb)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qcompile.backends.base import Backend, Lower, open_program
 from qcompile.calibration import text
 from qcompile.environment import warn_of_saturation
 from qcompile.errors import ContractError, GateError, QCompileError, UserError
+from qcompile.generation import Token, generate
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
 from qcompile.intake import Taken, describe_tokenizer, take, take_samples
@@ -29,6 +30,7 @@ from qcompile.recipe import Recipe
 
 Step = str | Pass | Callable[[ir.Model], Any]
 DEFAULT_TRANSFORMS = ("os_plus",)
+NO_START = ("canonicalise", "rotate")  # they change the function as little as a transform, but scale no channel
 BULKY = ("channel_ranges",)  # facts that the report draws and the manifest leaves out
 AUTO_MAX_DROP = 0.01  # the gate of recipe "auto" where none is given
 
@@ -55,6 +57,10 @@ class CompiledModel:
         if self._program is None:
             self._program = open_program(self.folder)
         return self._program(feeds)
+
+    def generate(self, ids: Sequence[int], **options: Any) -> Iterator[Token]:
+        """The tokens that continue ``ids``; ``options`` are those of ``generation.generate``."""
+        return generate(self.folder, ids, **options)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write program, manifest and report to ``folder``, all or nothing.
@@ -89,11 +95,13 @@ def compile(
     max_length: int = 512,
     seed: int = 0,
     dump: str | Path | None = None,
+    resume: str | Path | None = None,
     output: str | Path | None = None,
     force: bool = False,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     allow_pickle: bool = False,
+    with_past: bool = False,
 ) -> CompiledModel:
     """Compile ``model`` and prove every step.
 
@@ -107,8 +115,11 @@ def compile(
     max_drop:    the allowed drop of the output metric; GateError when it cannot be held
     max_samples, max_length: calibration samples at most, and tokens in one of them
     dump:        folder for the model after each pass
+    resume:      folder where passes that learn keep finished blocks; the same compilation, started again after a
+                 kill, goes on behind them. It may go when the compilation is done
     output:      folder to save to; ``force`` replaces whatever is in it
     allow_pickle: load .bin weights, which can run code of whoever made them
+    with_past:   export a Hugging Face folder with its key/value cache as inputs and outputs
 
     Raises UserError for what the caller can mend, ContractError when a pass breaks its promise.
     """
@@ -125,10 +136,11 @@ def compile(
         with writing():
             say(f"pipeline: {', '.join(p.spec for p in pipeline)}")
             torch_only = {"example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
-            taken = take(model, workspace, allow_pickle=allow_pickle, **torch_only)
+            taken = take(model, workspace, allow_pickle=allow_pickle, with_past=with_past, **torch_only)
             words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
             samples, described = take_samples(taken.model, calibration, words, max_samples, max_length, seed)
             ctx = context(workspace, settings, backend, samples, max_drop, seed)
+            ctx.resume = None if resume is None else _lasting(Path(resume))
             inputs = _inputs(taken, described, words)
             compiled = _compiled(taken, pipeline, ctx, backend, inputs, None if dump is None else Path(dump))
         if output is not None:
@@ -137,6 +149,15 @@ def compile(
     except BaseException:
         workspace.close()
         raise
+
+
+def _lasting(folder: Path) -> Path:
+    """``folder``, made if it is not there; UserError where it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"'{folder}' is no folder", where="resume", hint="name a folder, or a place for one") from error
+    return folder
 
 
 def _check_max_drop(max_drop: float | None, recipe: Recipe) -> None:
@@ -169,7 +190,7 @@ def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend
 
     Raises UserError where a pass stands where it cannot work.
     """
-    steps = _steps(passes, recipe)
+    steps = _with_starts(_steps(passes, recipe), recipe)
     names = [p.name for p in steps]
     if "canonicalise" not in names:
         steps.insert(0, make_pass("canonicalise", {}))
@@ -177,6 +198,17 @@ def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend
         steps.append(make_pass("quantise", {}))
     check_order(steps)
     return [*steps, Lower(backend)]
+
+
+def _with_starts(steps: Sequence[Pass], recipe: Recipe) -> list[Pass]:
+    """``steps``, with the search that a learned transform starts from where no transform stands before it."""
+    found: list[Pass] = []
+    for one in steps:
+        start = one.starts_from(recipe)
+        if start is not None and not any(p.preserves == "function" and p.name not in NO_START for p in found):
+            found.append(make_pass(start, {}))
+        found.append(one)
+    return found
 
 
 def _steps(passes: str | Sequence[Step] | None, recipe: Recipe) -> list[Pass]:

@@ -39,12 +39,19 @@ def take(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     allow_pickle: bool = False,
+    with_past: bool = False,
 ) -> Taken:
-    """Capture ``model``: an .onnx file, a folder, ``module:factory``, an ``ir.Model`` or a torch module."""
+    """Capture ``model``: an .onnx file, a folder, ``module:factory``, an ``ir.Model`` or a torch module.
+
+    ``with_past``: a Hugging Face folder is exported with its key/value cache.
+    """
+    if with_past and not _is_hf_folder(model):
+        hint = "leave --with-past out: an .onnx file has a cache already, or its exporter must give it one"
+        raise UserError("only a Hugging Face folder can be exported with its cache", hint=hint)
     if isinstance(model, ir.Model):
         return _from_ir(model, workspace)
     if isinstance(model, str | Path):
-        return _from_text(str(model), workspace, allow_pickle)
+        return _from_text(str(model), workspace, allow_pickle, with_past)
     if _is_torch_module(model):
         return _from_torch(model, workspace, example_inputs, dynamic_shapes)
     raise UserError(
@@ -53,12 +60,16 @@ def take(
     )
 
 
-def _from_text(text: str, workspace: Workspace, allow_pickle: bool) -> Taken:
+def _is_hf_folder(model: Any) -> bool:
+    return isinstance(model, str | Path) and (Path(model) / "config.json").is_file()
+
+
+def _from_text(text: str, workspace: Workspace, allow_pickle: bool, with_past: bool) -> Taken:
     path = Path(text)
     if path.is_dir():
-        if (path / manifest.FILE).is_file() or (path / "model.onnx").is_file():
+        if ((path / manifest.FILE).is_file() or (path / "model.onnx").is_file()) and not with_past:
             return _from_file(path / "model.onnx", workspace)
-        return _from_folder(path, workspace, allow_pickle)
+        return _from_folder(path, workspace, allow_pickle, with_past)
     if path.is_file():
         return _from_file(path, workspace)
     module, colon, attribute = text.partition(":")
@@ -81,7 +92,7 @@ def _from_file(path: Path, workspace: Workspace) -> Taken:
     return Taken(model, name, source, beside, size)
 
 
-def _from_folder(folder: Path, workspace: Workspace, allow_pickle: bool) -> Taken:
+def _from_folder(folder: Path, workspace: Workspace, allow_pickle: bool, with_past: bool) -> Taken:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"'{folder}' holds neither model.onnx nor config.json",
@@ -90,7 +101,9 @@ def _from_folder(folder: Path, workspace: Workspace, allow_pickle: bool) -> Take
     from qcompile.capture.hf_folder import capture_hf_folder
 
     with step(f"exporting {folder.name}"):
-        path = capture_hf_folder(folder, _capture_dir(workspace), allow_pickle=allow_pickle)
+        path = capture_hf_folder(
+            folder, _capture_dir(workspace), allow_pickle=allow_pickle, with_past=with_past
+        )
         model = _load(path, workspace)
     files = [p for pattern in _WEIGHT_FILES for p in folder.glob(pattern)]
     source = {"kind": "hugging_face", "files": manifest.describe_files(folder, files)}

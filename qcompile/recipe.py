@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qcompile.errors import UserError, unknown_name
 from qcompile.quant.schemes import ActivationScheme, WeightScheme, parse_name
 
-Op = Literal["linear", "head", "embedding", "attention"]
+Op = Literal["linear", "head", "embedding", "attention", "cache"]
 
 RECIPES: dict[str, str] = {
     "auto": "w8a8_static, with more precision where --max-drop (here 0.01 by default) needs it",
@@ -31,9 +32,14 @@ RECIPES: dict[str, str] = {
     "w4a16_g128": "4-bit weights only, groups of 128",
     "w4a16_g64": "4-bit weights only, groups of 64",
     "w4a16_g32": "4-bit weights only, groups of 32",
+    "w4a16kv8_g32": "4-bit weights in groups of 32, and an 8-bit key/value cache",
+    "w8a8kv4": "8 bit, dynamic per token, and a 4-bit key/value cache",
     "w3a16_g128": "3-bit weights only, groups of 128",
     "w2a16_g64": "2-bit weights only, groups of 64",
 }
+
+
+CACHE_BITS = (8, 4)
 
 
 class Rule(BaseModel):
@@ -56,6 +62,8 @@ class Rule(BaseModel):
         if self.op == "attention" and self.weights is not None:
             raise ValueError("attention has no weights of its own")
         acts = self.activations
+        if self.op == "cache" and (self.weights is not None or (acts is not None and not _fits_cache(acts))):
+            raise ValueError("a cache takes asymmetric activations of 8 or 4 bits with granularity 'per_token'")
         if self.op == "attention" and acts is not None and not acts.plain:
             raise ValueError("attention takes static activations with granularity 'per_tensor'")
         return self
@@ -64,6 +72,11 @@ class Rule(BaseModel):
         """Whether the sentence speaks of ``op`` at ``name`` (``module#2``: the module's second linear)."""
         module = name.partition("#")[0]
         return self.op == op and any(fnmatch.fnmatchcase(n, self.scope) for n in (name, module))
+
+
+def _fits_cache(scheme: ActivationScheme) -> bool:
+    plain = scheme.dynamic and not scheme.symmetric and scheme.outlier_threshold is None
+    return plain and scheme.bits in CACHE_BITS
 
 
 class _Linear(Protocol):
@@ -97,7 +110,8 @@ def by_name(name: str) -> Recipe:
     """A built-in recipe. Linears follow the name; embedding and head have 8 bits per row of the table."""
     if name == "float":
         return Recipe(name=name)
-    schemes = parse_name("w8a8_static" if name == "auto" else name)
+    plain, cache = _without_cache("w8a8_static" if name == "auto" else name)
+    schemes = parse_name(plain)
     if schemes is None:
         raise unknown_name("recipe", name, RECIPES)
     weights, activations = schemes
@@ -108,8 +122,18 @@ def by_name(name: str) -> Recipe:
             Rule(op="linear", weights=weights, activations=activations),
             Rule(op="embedding", weights=EMBEDDING),
             Rule(op="head", weights=EMBEDDING, activations=head),
+            *cache,
         ),
     )
+
+
+def _without_cache(name: str) -> tuple[str, list[Rule]]:
+    """``w8a8kv8_static`` -> ``w8a8_static`` and the rule for the cache."""
+    match = re.match(r"^(w\da\d+)kv(\d)(.*)$", name)
+    if match is None or int(match[2]) not in CACHE_BITS:
+        return name, []
+    scheme = ActivationScheme(bits=int(match[2]), granularity="per_token")
+    return match[1] + match[3], [Rule(op="cache", activations=scheme)]
 
 
 def load(text: str) -> Recipe:

@@ -53,7 +53,7 @@ def verify(
         return [*checks, Check("loads", False, error.message)]
     with Workspace() as workspace:
         source = original if original is not None else str(folder / "model.onnx")
-        taken = take(source, workspace, allow_pickle=allow_pickle)
+        taken = take(source, workspace, allow_pickle=allow_pickle, with_past=_exports_past(source, record))
         words = tokenizer if tokenizer is not None else taken.tokenizer
         count = record["calibration"]["samples"]  # the same ones are held out then
         samples, _ = take_samples(taken.model, calibration, words, count, max_length, record["seed"])
@@ -63,6 +63,12 @@ def verify(
             checks.append(_source(taken.source, record))
             checks.append(_outputs(program, taken.model, some, workspace, record))
     return [*checks, _kernels(folder, record)]
+
+
+def _exports_past(source: str, record: manifest.Manifest) -> bool:
+    """Whether ``source`` is a folder to export as the one that ``record`` speaks of: with its cache."""
+    names = [str(value["name"]) for value in record["interface"]["inputs"]]
+    return record["source"]["kind"] == "hugging_face" and Path(source).is_dir() and any("past" in n for n in names)
 
 
 def _files(folder: Path, record: manifest.Manifest) -> Check:

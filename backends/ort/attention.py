@@ -3,11 +3,16 @@
     Transpose(Reshape(q)), ... -> qcompile.Attention{scale} -> Reshape(Transpose)
         ->  Attention(q, k, v, bias){q_num_heads, kv_num_heads}          all of rank 3, (B, S, heads * d)
 Grouped keys and values are not repeated. Heads that come some other way are transposed to this layout.
+
+    k = Concat(past_k, new_k), v = Concat(past_v, new_v), both (B, H, P + S, d)
+        ->  y, k, v = Attention(q, new_k, new_v, bias, past_k, past_v)          new ones (B, S, heads * d)
+The operator joins past and present itself; no key or value of the past is moved twice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -15,10 +20,11 @@ import onnx_ir as ir
 from qcompile.backends.ort.causal import Chunks, is_causal
 from qcompile.backends.ort.emit import put_node
 from qcompile.backends.ort.rotary import Rotary
+from qcompile.graph.caches import Cache, joined
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import DOMAIN
-from qcompile.graph.provenance import layer_name
+from qcompile.graph.provenance import inherit, layer_name
 from qcompile.graph.workspace import Workspace
 from qcompile.ledger import Ledger
 
@@ -26,10 +32,13 @@ ATTENTIONS = ("Attention", "GroupedAttention")
 _HEADS = [0, 2, 1, 3]
 
 
-def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger) -> int:
-    """Replace every attention of the project's domain; returns how many."""
+def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, heads: Collection[ir.Value] = ()) -> int:
+    """Replace every attention of the project's domain; returns how many.
+
+    ``heads``: keys and values that stay of rank 4, since they are made so, with all tokens of the past
+    """
     count = 0
-    lowering = _Lowering(model, workspace)
+    lowering = _Lowering(model, workspace, heads)
     for node in match.nodes(model.graph, *ATTENTIONS):
         if node.domain != DOMAIN:
             continue
@@ -43,8 +52,9 @@ def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger) -> int:
 class _Lowering:
     """Keeps what several attentions share: rotary tables and the expanded bias."""
 
-    def __init__(self, model: ir.Model, workspace: Workspace) -> None:
+    def __init__(self, model: ir.Model, workspace: Workspace, heads: Collection[ir.Value]) -> None:
         self.model, self.workspace = model, workspace
+        self.by_heads = {id(value) for value in heads}
         self.rotary, self.chunks = Rotary(model, workspace), Chunks(model, workspace)
         self.biases: dict[int, ir.Value] = {}
 
@@ -54,14 +64,20 @@ class _Lowering:
         if any(h is None for h in heads) or q is None or k is None or v is None:
             return "the number of heads or their width is not known"
         (q_heads, width), (kv_heads, _), (_, v_width) = heads  # type: ignore[misc]
-        flat = [self._tokens(value, node) for value in (q, k, v)]
+        if id(k) in self.by_heads and id(v) in self.by_heads:
+            return self._over_heads(node, [q, k, v], bias)
+        caches = [cache for value in (k, v) if (cache := joined(value)) is not None]
+        new_k, new_v = (cache.new for cache in caches) if len(caches) == 2 else (k, v)
+        flat = [self._tokens(value, node) for value in (q, new_k, new_v)]
         inputs = [*flat, *self._bias(bias, node)]
         attributes = [ir.AttrInt64("q_num_heads", q_heads), ir.AttrInt64("kv_num_heads", kv_heads)]
         scale = node.attributes["scale"].as_float()
         if not math.isclose(scale, width**-0.5, rel_tol=1e-6):
             attributes.append(ir.AttrFloat32("scale", scale))
         name = f"{node.outputs[0].name}.context"
-        if bias is not None and len(inputs) == 4 and is_causal(bias):
+        if len(caches) == 2:
+            new = self._with_past(inputs, caches, attributes, node, name)
+        elif bias is not None and len(inputs) == 4 and is_causal(bias):
             new = self.chunks.attention(inputs, attributes, node, name)
         else:
             new = put_node(node, "", "Attention", inputs, name, attributes)
@@ -69,6 +85,42 @@ class _Lowering:
         self._put(node, new.outputs[0], q_heads, v_width)
         match.remove_dead(self.model.graph, [n for n in (x.producer() for x in (q, k, v)) if n is not None])
         return ""
+
+    def _over_heads(self, node: ir.Node, operands: list[ir.Value], bias: ir.Value | None) -> str:
+        """Attention(q, k, v, bias) of rank 4; only q, of the new tokens alone, is moved."""
+        q, k, v = operands
+        assert q.shape is not None
+        tokens = self._tokens(q, node)
+        shape = self._constant("heads", [0, 0, int(q.shape[1]), int(q.shape[3])])  # type: ignore[arg-type]
+        split = put_node(node, "", "Reshape", [tokens, shape], f"{node.outputs[0].name}.q_split").outputs[0]
+        perm = [ir.AttrInt64s("perm", _HEADS)]
+        turned = put_node(node, "", "Transpose", [split], f"{node.outputs[0].name}.q", perm).outputs[0]
+        scale = {"scale": node.attributes["scale"]}
+        inputs = [turned, k, v, *self._bias(bias, node)]
+        match.put_instead(node, match.new_node("", "Attention", inputs, scale, [node]))
+        match.remove_dead(self.model.graph, [n for n in (q.producer(),) if n is not None])
+        return ""
+
+    def _with_past(
+        self,
+        inputs: list[ir.Value],
+        caches: list[Cache],
+        attributes: list[ir.Attr],
+        reader: ir.Node,
+        name: str,
+    ) -> ir.Node:
+        """Attention over past and new tokens that also gives the joined keys and values."""
+        q, k, v, *bias = inputs
+        joined_by = [q, k, v, bias[0] if bias else None, *(cache.past for cache in caches)]
+        new = inherit(ir.Node("", "Attention", joined_by, attributes, num_outputs=3), reader)
+        assert reader.graph is not None
+        reader.graph.insert_before(reader, new)
+        new.outputs[0].name = name
+        for cache, present in zip(caches, new.outputs[1:], strict=True):
+            old = cache.present
+            present.type, present.shape, present.name, old.name = old.type, old.shape, old.name, f"{old.name}.joined"
+            old.replace_all_uses_with(present, replace_graph_outputs=True)
+        return new
 
     def _put(self, node: ir.Node, context: ir.Value, heads: int, width: int) -> None:
         """Give the readers of the (B, H, S, d) result the (B, S, H * d) one."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.ranges import Ranges, outlier_columns
 from qcompile.errors import ContractError
+from qcompile.graph.caches import find_caches
 from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.functions import is_op
 from qcompile.graph.grids import grid_of
@@ -42,11 +43,13 @@ Steps = Mapping[str, ActivationScheme | None]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Schemes by name: weights by linear or table, activations by the value read, attention by its output."""
+    """Schemes by name: weights by linear or table, activations by the value read, attention by its output, caches by
+    the input that brings the past."""
 
     weights: Mapping[str, WeightScheme]
     activations: Mapping[str, ActivationScheme]
     attention: Mapping[str, ActivationScheme]
+    caches: Mapping[str, ActivationScheme] = dataclasses.field(default_factory=dict)
 
     def with_activation(
         self, changes: Mapping[str, ActivationScheme | None], readers: Mapping[str, list[str]]
@@ -60,7 +63,7 @@ class Choice:
             activations.pop(name, None)
             for linear in readers.get(name, []):
                 weights.pop(linear, None)
-        return Choice(weights, activations, self.attention)
+        return Choice(weights, activations, self.attention, self.caches)
 
 
 class Draft:
@@ -92,12 +95,13 @@ class Draft:
 
     def names(self) -> dict[Op, list[str]]:
         """The names that a rule's scope is held against, by kind of operator."""
-        found: dict[Op, list[str]] = {"linear": [], "head": [], "embedding": [], "attention": []}
+        found: dict[Op, list[str]] = {"linear": [], "head": [], "embedding": [], "attention": [], "cache": []}
         for linear in find_linears(self.model.graph):
             found["head" if linear.is_head else "linear"].append(linear.name)
         tables = (node.inputs[0] for node in find_embeddings(self.model.graph))
         found["embedding"] = [original_name(table) for table in tables if table is not None]
         found["attention"] = [original_name(node) for node in self.model.graph if is_op(node, *ATTENTIONS)]
+        found["cache"] = [cache.name for cache in find_caches(self.model.graph)]
         return found
 
     def build(self, choice: Choice | None = None, alpha: float = 1.0) -> ir.Model:
@@ -134,7 +138,17 @@ class Draft:
             if scheme is not None:
                 operands = [self.ranges.affine(name, scheme, alpha) for name in _operands(node)]
                 quantize_attention(model, node, operands, self._workspace)
-        return count + tables
+        return count + tables + self._caches(model, choice)
+
+    def _caches(self, model: ir.Model, choice: Choice) -> int:
+        """Quantise what joins each cache; its past has been quantised by the steps before."""
+        count = 0
+        for cache in list(find_caches(model.graph)):
+            scheme = choice.caches.get(cache.name)
+            if scheme is not None:
+                quantize_per_token(model, cache.new, [(cache.node, 1)], scheme, self._workspace)
+                count += 1
+        return count
 
     # ----------------------------------------------------------------- what the recipe says
 
@@ -161,7 +175,7 @@ class Draft:
             self.left.append((experts.name, why, original_name(experts.node)))
         for node in find_embeddings(self.model.graph):
             self._choose_table(node, recipe, weights)
-        return Choice(weights, activations, self._choose_attention(recipe))
+        return Choice(weights, activations, self._choose_attention(recipe), self._choose_caches(recipe))
 
     def _choose_attention(self, recipe: Recipe) -> dict[str, ActivationScheme]:
         found = {}
@@ -169,6 +183,19 @@ class Draft:
             rule = recipe.rule("attention", original_name(node)) if is_op(node, *ATTENTIONS) else None
             if rule is not None and rule.activations is not None:
                 found[str(node.outputs[0].name)] = rule.activations
+        return found
+
+    def _choose_caches(self, recipe: Recipe) -> dict[str, ActivationScheme]:
+        found = {}
+        for cache in find_caches(self.model.graph):
+            rule = recipe.rule("cache", cache.name)
+            if rule is None or rule.activations is None:
+                continue
+            if cache.width is None or cache.width % 2:
+                why = "the width of a head is odd or not known"
+                self.left.append((cache.name, why, original_name(cache.node)))
+            else:
+                found[cache.name] = rule.activations
         return found
 
     def _choose_table(self, node: ir.Node, recipe: Recipe, weights: dict[str, WeightScheme]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.capture.torch_model import DEFAULT_OPSET, capture_module
+from qcompile.capture.torch_model import DEFAULT_OPSET, capture_module, capture_with_past
 from qcompile.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,18 +28,21 @@ def capture_hf_folder(
     opset: int = DEFAULT_OPSET,
     attention: str = "sdpa",
     allow_pickle: bool = False,
+    with_past: bool = False,
 ) -> Path:
     """Write ``workdir/model.onnx`` for the model in ``folder`` and return its path.
 
     The class is the one that config.json names under ``architectures``; weights are loaded as float32. Batch
-    and sequence are dynamic; the key/value cache is left out. attention is "sdpa" or "eager"; a model that
-    has no sdpa form (BLOOM) falls back to eager. ``.bin`` weights are pickles, which can run code when
-    loaded: they are refused unless ``allow_pickle``. Raises UserError.
+    and sequence are dynamic; the key/value cache is left out unless ``with_past``. attention is "sdpa" or
+    "eager"; a model that has no sdpa form (BLOOM) falls back to eager. ``.bin`` weights are pickles, which can
+    run code when loaded: they are refused unless ``allow_pickle``. Raises UserError.
     """
     folder = Path(folder)
     config = _read_config(folder)
     _check_weights(folder, allow_pickle)
     module = load_pretrained(folder, config, attention)
+    if with_past:
+        return capture_with_past(module, workdir, opset=opset)
     inputs, shapes = example_inputs(module)
     return capture_module(module, inputs, shapes, workdir, opset=opset, output_names=[output_name(module)])
 

@@ -69,7 +69,25 @@ def capture_module(
     path = Path(workdir) / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _eval_mode(module), _quiet():
-        _save(_export(module, inputs, shapes, opset, output_names), path)
+        _save(_export(module, inputs, shapes, opset, list(inputs), output_names), path)
+    return path
+
+
+def capture_with_past(module: torch.nn.Module, workdir: str | os.PathLike[str], *, opset: int = DEFAULT_OPSET) -> Path:
+    """Write ``workdir/model.onnx`` for a causal language model with its key/value cache, and return its path.
+
+    ``torch_cache`` says what its inputs and outputs are. Raises UserError for a model that has no such cache.
+    """
+    from qcompile.capture.torch_cache import Cache, name_total, tensors_only
+
+    path = Path(workdir) / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _eval_mode(module), _quiet():
+        cache = Cache(module)
+        with tensors_only(module):
+            model = _export(module, *cache.example(), opset, *cache.port_names())
+        name_total(model)
+        _save(model, path)
     return path
 
 
@@ -155,9 +173,10 @@ def _checked_shapes(inputs: Inputs, shapes: DynamicShapes | None) -> dict[str, d
 
 def _export(
     module: torch.nn.Module,
-    inputs: Inputs,
-    shapes: DynamicShapes,
+    inputs: Mapping[str, Any],
+    shapes: Mapping[str, Any],
     opset: int,
+    input_names: Sequence[str],
     output_names: Sequence[str] | None,
 ) -> ir.Model:
     import torch
@@ -170,9 +189,9 @@ def _export(
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=list(inputs),
+            input_names=list(input_names),
             output_names=output_names,
-            dynamic_shapes={name: dict(axes) for name, axes in shapes.items()},
+            dynamic_shapes=dict(shapes),
         )
     except Exception as error:  # the exporter wraps whatever the traced code raises
         raise _export_error(module, error) from error

@@ -45,16 +45,23 @@ from qcompile.commands.text import columns
 @click.option(
     "--dump", type=click.Path(path_type=Path), metavar="DIR", help="Write the model after each pass."
 )
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep the blocks that are learned here, and go on behind them after a kill.",
+)
 @click.option("--force", is_flag=True, help="Replace everything in the output folder.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random calibration data."
 )
+@options.with_past
 @options.allow_pickle
 @options.debug
 def compile_command(
     model: str, recipe: str, passes: str | None, target: str, calib: Path | None, tokenizer: Path | None,
-    samples: int, length: int, max_drop: float | None, output: Path | None, dump: Path | None, force: bool,
-    seed: int, allow_pickle: bool,
+    samples: int, length: int, max_drop: float | None, output: Path | None, dump: Path | None,
+    resume: Path | None, force: bool, seed: int, with_past: bool, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Compile MODEL (.onnx, a Hugging Face folder or package.module:factory) into a low-bit program.
 
@@ -65,8 +72,8 @@ def compile_command(
     where = output if output is not None else default_output(model, recipe)
     with driver.compile(
         model, recipe=recipe, passes=passes, target=target, calibration=calib, tokenizer=tokenizer,
-        max_drop=max_drop, max_samples=samples, max_length=length, seed=seed, dump=dump, output=where,
-        force=force, allow_pickle=allow_pickle,
+        max_drop=max_drop, max_samples=samples, max_length=length, seed=seed, dump=dump,
+        resume=resume, output=where, force=force, with_past=with_past, allow_pickle=allow_pickle,
     ) as compiled:  # fmt: skip
         click.echo(columns(summary(compiled.manifest, where)))
 

@@ -37,6 +37,12 @@ def debug(command: Command) -> Command:
     return click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")(command)
 
 
+def with_past(command: Command) -> Command:
+    return click.option(
+        "--with-past", is_flag=True, help="Export a Hugging Face decoder with its key/value cache."
+    )(command)
+
+
 def allow_pickle(command: Command) -> Command:
     return click.option(
         "--allow-pickle", is_flag=True, help="Load .bin weights, which can run code of whoever made them."

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"passes"},
     {"backends", "models"},
     {"intake", "publish", "report", "reporting"},
-    {"driver", "roofline", "verification"},
+    {"driver", "generation", "roofline", "verification"},
     {"cli", "commands"},
 ]
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
