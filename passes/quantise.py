@@ -1,6 +1,7 @@
 """Quantise: write the recipe's formats into the graph, and hold the accuracy gate.
 
-rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x))
+rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x));
+          concat(past, k)  ->  concat(past, the per-token function of k), which the lowering turns into codes
 needs:    a recipe with rules; calibration samples where a range is static
 ensures:  codes within the bits of their scheme; constants (masks, tables of positions) are never calibrated as
           activations; with a gate, the fewest activations in higher precision that hold it
@@ -29,6 +30,8 @@ from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.progress import warn
 from qcompile.recipe import Op, Rule
+
+NO_CACHE = "the graph has no key/value cache to quantise: none of its outputs is a past input with new tokens behind it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +77,7 @@ class Quantise(Pass):
     def _decide(self, ctx: Context, draft: Draft) -> tuple[Choice, float]:
         """The schemes and the token quantile; with a gate, precision where the whole model needs it."""
         if ctx.max_drop is None:
-            alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, draft.choice, self.alpha_samples)
-            return draft.choice, alpha
+            return draft.choice, self._alpha(ctx, draft, draft.choice)
         readers = draft.readers()
         gate = _last(ctx, self.gate_samples)
         metric = Metric(ctx, draft.model, gate)
@@ -85,8 +87,11 @@ class Quantise(Pass):
             for name, damage in ranking.damage.items()
         ]
         sound = draft.choice.with_activation(likely_exceptions(draft, ranking, ctx.max_drop), readers)
-        alpha = self.alpha if self.alpha is not None else choose_alpha(ctx, draft, sound, self.alpha_samples)
+        alpha = self._alpha(ctx, draft, sound, metric.is_perplexity)
         return hold_gate(ctx, draft, ranking, metric, alpha, ctx.max_drop), alpha
+
+    def _alpha(self, ctx: Context, draft: Draft, choice: Choice, causal: bool | None = None) -> float:
+        return self.alpha if self.alpha is not None else choose_alpha(ctx, draft, choice, self.alpha_samples, causal)
 
     def _record(self, ctx: Context, draft: Draft, choice: Choice) -> None:
         for linear in find_linears(draft.model.graph):
@@ -99,6 +104,10 @@ class Quantise(Pass):
                 linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
+
+
+        for name, scheme in choice.caches.items():
+            ctx.ledger.record(name, weights=None, activations=str(scheme))
 
 
 def _record_exceptions(ctx: Context, draft: Draft) -> None:
@@ -115,6 +124,10 @@ def _record_exceptions(ctx: Context, draft: Draft) -> None:
 def _tell_unmatched(ctx: Context, known: Mapping[Op, list[str]]) -> None:
     """A note and a warning for each scope that no operator of its kind is in: most likely it is misspelt."""
     for rule in ctx.recipe.rules:
+        if rule.op == "cache" and not known["cache"]:
+            warn(NO_CACHE)
+            ctx.ledger.note(NO_CACHE)
+            continue
         if rule.scope == "*" or any(rule.matches(rule.op, name) for name in known[rule.op]):
             continue
         text = f"scope '{rule.scope}' matches no {rule.op}, so its rule does nothing; {_meant(rule, known)}"

@@ -64,6 +64,17 @@ class Metric:
         """The metric of what ``run`` answers."""
         return self._measured(run(sample.feeds)[self.output] for sample in self._samples)
 
+    def squares(self, model: ir.Model) -> float:
+        """Summed squared difference of the first output from the float model's, over real tokens; not for perplexity,
+        whose float outputs are kept as log probabilities."""
+        total = 0.0
+        with self._ctx.runner.opened(model, [self.output]) as run:
+            for sample, path in zip(self._samples, self._floats, strict=True):
+                y, reference = run(sample.feeds)[self.output], np.load(path, mmap_mode="r")
+                for a, b in zip(sequences(y, sample.mask), sequences(reference, sample.mask), strict=True):
+                    total += float(np.square(a - b).sum())
+        return total
+
     def drop(self, measured: Measured) -> float:
         """How much worse than the float reference: relative for perplexity, the figure itself for cosine.
 

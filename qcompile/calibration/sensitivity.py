@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from qcompile.calibration.draft import SWITCHES, Choice, Draft, Steps
 from qcompile.calibration.metric import Measured, Metric
-from qcompile.calibration.observers import sequences
 from qcompile.calibration.runner import Run
 from qcompile.calibration.samples import Sample, first_samples, shortened
 from qcompile.pipeline import Context
@@ -31,17 +29,21 @@ Step = tuple[str, ActivationScheme | None]
 PATIENCE = 2  # stop after so many worse quantiles in a row
 
 
-def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int) -> float:
-    """The token quantile, one for all activations, with the smallest squared error of the model's first output."""
+def choose_alpha(ctx: Context, draft: Draft, choice: Choice, count: int, causal: bool | None = None) -> float:
+    """The token quantile, one for all activations, with the smallest error of the model's first output.
+
+    Causal language models: the divergence of their predictions, where a sink token counts like any other; its logits
+    would own a squared error. Others: the squared error. ``causal``: which it is; found by trying when it is None.
+    """
     schemes = [s for s in choice.activations.values() if not s.dynamic and s.observer == "token_wise"]
     if not schemes:
         return 1.0
     samples = list(first_samples(ctx.samples, count=count, tokens=ALPHA_TOKENS))
-    output = str(draft.model.graph.outputs[0].name)
-    reference = [values[output] for _, values in ctx.runner.stream(draft.model, samples, [output], "choosing the clip")]
+    metric = Metric(ctx, draft.model, samples, causal)
 
     def error(alpha: float) -> float:
-        return _output_error(ctx, draft.build(choice, alpha), samples, output, reference)
+        trial = draft.build(choice, alpha)
+        return float(np.mean(metric.measure(trial).divergences)) if metric.is_perplexity else metric.squares(trial)
 
     found = _descend(error, *((ALPHAS, STRIDE) if min(s.bits for s in schemes) < 8 else (ALPHAS_8_BIT, 1)))
     ctx.ledger.current.facts["alpha_search"] = [[alpha, found[alpha]] for alpha in sorted(found, reverse=True)]
@@ -67,16 +69,6 @@ def _descend(error: Callable[[float], float], grid: Sequence[float], stride: int
         if grid[place] not in found:
             found[grid[place]] = _worst(error(grid[place]))
     return found
-
-
-def _output_error(ctx: Context, trial: ir.Model, samples: list[Any], output: str, reference: list[np.ndarray]) -> float:
-    error = 0.0
-    for (sample, values), target in zip(
-        ctx.runner.stream(trial, samples, [output], "choosing the clip"), reference, strict=True
-    ):
-        for a, b in zip(sequences(values[output], sample.mask), sequences(target, sample.mask), strict=True):
-            error += float(np.square(a - b).sum())
-    return error
 
 
 # --------------------------------------------------------------------------- the gate
@@ -207,10 +199,10 @@ def _bisect(
 ) -> dict[str, Any] | None:
     """The shortest prefix of ``order`` that holds the gate; None when all of it misses.
 
-    From ``start`` in growing strides until it lies between two trials, then by halves.
+    From ``start`` in growing strides, a quarter of it first, until it lies between two trials, then by halves.
     """
     low, high = -1, len(order) + 1  # the longest prefix known to miss, the shortest known to hold
-    length, stride = min(start, len(order)), 1
+    length, stride = min(start, len(order)), max(start // 4, 1)
     while high - low > 1:
         if attempt(dict(order[:length])) <= max_drop:  # a drop that is NaN misses
             high = length
