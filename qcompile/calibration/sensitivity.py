@@ -199,23 +199,36 @@ def _bisect(
 ) -> dict[str, Any] | None:
     """The shortest prefix of ``order`` that holds the gate; None when all of it misses.
 
-    From ``start`` in growing strides, a quarter of it first, until it lies between two trials, then by halves.
+    From ``start`` outwards, first by a quarter of it, then by as much as the first two drops promise, then by twice
+    that and so on, until it lies between two trials; then by halves.
     """
     low, high = -1, len(order) + 1  # the longest prefix known to miss, the shortest known to hold
-    length, stride = min(start, len(order)), max(start // 4, 1)
+    length, stride = min(start, len(order)), 0
+    seen: list[tuple[int, float]] = []
     while high - low > 1:
-        if attempt(dict(order[:length])) <= max_drop:  # a drop that is NaN misses
+        seen.append((length, attempt(dict(order[:length]))))
+        if seen[-1][1] <= max_drop:  # a drop that is NaN misses
             high = length
         else:
             low = length
+        stride = _promised(seen, max_drop) or 2 * stride or max(start // 4, 1)
         if low < 0:
             length = max(high - stride, 0)
         elif high > len(order):
             length = min(low + stride, len(order))
         else:
             length = (low + high) // 2
-        stride *= 2
     return dict(order[:high]) if high <= len(order) else None
+
+
+def _promised(seen: list[tuple[int, float]], max_drop: float) -> int:
+    """How far behind the second length a straight line through the first two drops comes to ``max_drop``; 0: unknown."""
+    if len(seen) != 2:
+        return 0
+    (before, worse), (length, drop) = seen
+    slope = (drop - worse) / (length - before)
+    distance = abs(drop - max_drop) / -slope if slope < 0 else 0.0
+    return math.ceil(distance) if math.isfinite(distance) else 0
 
 
 def _worst(damage: float) -> float:
