@@ -222,7 +222,7 @@ def _bisect(
 
 
 def _promised(seen: list[tuple[int, float]], max_drop: float) -> int:
-    """How far behind the second length a straight line through the first two drops comes to ``max_drop``; 0: unknown."""
+    """How far behind the second length a line through the first two drops comes to ``max_drop``; 0: unknown."""
     if len(seen) != 2:
         return 0
     (before, worse), (length, drop) = seen
