@@ -113,6 +113,19 @@ def test_exceptions_and_failures_are_in_the_table(tmp_path: Path) -> None:
     assert r"no result: it \| fell" in text
 
 
+def test_ours_stand_beside_what_is_known_of_the_same_setting(tmp_path: Path) -> None:
+    found = accuracy_table(tmp_path / "t")
+    for row in (
+        measured("`w4a4`, os_plus"), measured("`w4a4`, rotate,gptq"), measured("`w4a4`, os_plus", key="b", value=1.0),
+        measured("`w7a7`, os_plus"), measured("`w4a4`, awq", error="no memory"), measured("float export"),
+    ):  # fmt: skip
+        found.add(row)
+    (text,) = tables.beside(found.as_dict())
+    assert text.splitlines()[2:] == [
+        "| `w4a4` | RTN 80.14, SmoothQuant 79.68, OS 78.74, OS+ 79.33 | os_plus 82.13; rotate,gptq 82.13 |"
+    ]
+
+
 def test_ratios_are_of_the_float_export() -> None:
     programs = [
         {"name": "float export", "min_ms": 10.0, "median_ms": 12.0, "cpu_ms": 9.0},
