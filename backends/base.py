@@ -60,15 +60,17 @@ class Lower(Pass):
 
 
 def open_program(folder: Path) -> Program:
-    """The compiled program in ``folder`` as a function from inputs to outputs, both by name."""
+    """The compiled program in ``folder`` as a function from inputs to outputs, both by name.
+
+    Where its cache is quantised, a float past is taken too.
+    """
+    from qcompile.calibration.caches import fed
     from qcompile.calibration.runner import open_session, run_session
 
     session = open_session(folder / "model.onnx")
-    wanted = {i.name for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
 
     def run(feeds: Arrays) -> Arrays:
-        given = {name: array for name, array in feeds.items() if name in wanted}
-        return dict(zip(names, run_session(session, names, given), strict=True))
+        return dict(zip(names, run_session(session, names, fed(session, feeds)), strict=True))
 
     return run

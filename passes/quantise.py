@@ -63,7 +63,7 @@ class Quantise(Pass):
         for site, reason, node in draft.left:
             ctx.ledger.skip(site, reason, node)
         _tell_unmatched(ctx, draft.names())
-        if not draft.choice.weights:
+        if not draft.choice.weights and not draft.choice.caches:
             ctx.ledger.note("nothing to quantise: no linear with a constant weight was found")
             return 0
         calibrate_draft(ctx, draft, energy=self.energy)
@@ -104,8 +104,6 @@ class Quantise(Pass):
                 linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
-
-
         for name, scheme in choice.caches.items():
             ctx.ledger.record(name, weights=None, activations=str(scheme))
 

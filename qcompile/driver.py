@@ -308,6 +308,7 @@ def _compiled(
     files = manifest.describe_files(folder, manifest.files_below(folder))
     sizes = {"before": taken.bytes, "after": sum(f["bytes"] for f in files.values())}
     record = _record(pipeline, ctx, backend) | inputs
+    record["interface"] = interface(taken.model)  # a quantised cache has inputs and outputs of its own
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
     _check_gate(record["gate"])
     if record["gate"] is None and ctx.max_drop is not None:

@@ -71,6 +71,11 @@ class Decoder:
         """Bytes of the keys and values held now."""
         return sum(value.numpy().nbytes for value in self._past.values())
 
+    def past(self, name: str) -> np.ndarray:
+        """What the next step is given as the input ``name``, one of the cache's."""
+        held: np.ndarray = self._past[name].numpy()
+        return held
+
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """The logits (batch, n, vocabulary) of ``n`` more tokens, (batch, n) int.
 

@@ -121,6 +121,10 @@ def interface(model: ir.Model) -> dict[str, Interface]:
     }
 
 
+def _without(found: dict[str, Interface], names: set[str]) -> dict[str, Interface]:
+    return {side: [port for port in ports if port["name"] not in names] for side, ports in found.items()}
+
+
 def _described(value: ir.Value) -> dict[str, object]:
     shape = None
     if value.shape is not None:
@@ -157,9 +161,10 @@ class Verify:
         self.original: list[dict[str, Path]] = []
         self._interface: dict[str, Interface] = {}
         self._shape: list[tuple[object, ...]] = []
+        self._moved: set[str] = set()  # inputs and outputs of a cache that a lowering has turned into codes
 
     def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
-        self._interface = interface(model)
+        self._interface = self._kept(model)
         if not self.original:
             _refuse_bad_weight(model)
             self.samples = proof_samples(model, ctx.samples)
@@ -169,7 +174,8 @@ class Verify:
             self._shape = list(_structure(model))
 
     def after(self, model: ir.Model, step: Pass, ctx: Context, entry: Entry) -> None:
-        broken = _broken_interface(self._interface, interface(model))
+        self._moved |= set(entry.facts.get("cache_ports", ()))
+        broken = _broken_interface(_without(self._interface, self._moved), self._kept(model))
         if broken:
             raise _contract(step, f"changed the model's interface: {broken}")
         if step.preserves == "analysis":
@@ -189,11 +195,16 @@ class Verify:
         worst: dict[str, Difference] = {}
         for sample, old, new in zip(self.samples, before, after, strict=True):
             for name, path in old.items():
+                if name in self._moved:
+                    continue
                 one, other = np.load(path, mmap_mode="r"), np.load(new[name], mmap_mode="r")
                 if one.shape != other.shape:
                     raise ContractError(f"output '{name}' had shape {one.shape}, now {other.shape}")
                 worst.setdefault(name, Difference()).add(one, other, sample.mask)
         return proof_of(worst.values(), len(before), tolerance)
+
+    def _kept(self, model: ir.Model) -> dict[str, Interface]:
+        return _without(interface(model), self._moved)
 
     def keep(self, results: Iterable[Arrays], ctx: Context, stem: str) -> list[dict[str, Path]]:
         """Store outputs, one dict a sample, in the workspace; their memory is free afterwards."""

@@ -70,6 +70,7 @@ class _Lowering:
         assert width is not None
         new = self._quantised(quantiser, levels)
         past = self._past(cache, levels, width)
+        self._sizes(cache, past.codes, width)
         present = self._present(cache, past, new)
         whole = self._dequantised(cache, present, levels)
         old = cache.present
@@ -91,6 +92,17 @@ class _Lowering:
         inputs[place : place + 1] = made
         self.ports += [str(value.name) for value in made]
         return _Codes(*made)
+
+    def _sizes(self, cache: Cache, codes: ir.Value, width: int) -> None:
+        """Let those that read the shape of the past read that of its codes, with ``width`` for the last axis."""
+        for node in [user for user in match.consumers(cache.past) if user.op_type == "Shape"]:
+            span = [ir.AttrInt64("start", 0), ir.AttrInt64("end", 3)]
+            sides = put_node(node, "", "Shape", [codes], f"{node.outputs[0].name}.sides", span).outputs[0]
+            last = self._constant("width", np.array([width]))
+            whole = self._put(node, "Concat", [sides, last], [ir.AttrInt64("axis", 0)])
+            start, end = (match.int_attribute(node, key, at) for key, at in (("start", 0), ("end", 4)))
+            ends = [self._constant("end", np.array([n])) for n in (start, end)]
+            match.put_instead(node, match.new_node("", "Slice", [whole, *ends], {}, [node]))
 
     def _present(self, cache: Cache, past: _Codes, new: _Codes) -> _Codes:
         assert cache.present.shape is not None

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qcompile.calibration.caches import fed
 from qcompile.environment import require_onnxruntime
 from qcompile.errors import UserError
 from qcompile.graph.workspace import Workspace
@@ -87,11 +88,9 @@ class OrtRunner:
         names = list(dict.fromkeys(fetch))
         self._workspace.let_go(model)  # the session will hold the weights
         held = [open_session(self._snapshot(model, names), threads=self._threads, literal_qdq=True)]
-        known = {i.name for i in held[0].get_inputs()}
 
         def run(feeds: Arrays) -> Arrays:
-            wanted = {k: v for k, v in feeds.items() if k in known}
-            return dict(zip(names, run_session(held[0], names, wanted), strict=True))
+            return dict(zip(names, run_session(held[0], names, fed(held[0], feeds)), strict=True))
 
         try:
             yield run

@@ -52,8 +52,13 @@ def joined(value: ir.Value | None) -> Cache | None:
 
 
 def find_caches(graph: ir.Graph) -> Iterator[Cache]:
-    """Every cache whose past is an input of ``graph`` and whose present is an output of it, in graph order."""
+    """Every cache whose past is an input of ``graph`` and whose present is an output of it, in graph order.
+
+    Nothing else reads the numbers of the past; its sizes may be read.
+    """
     for node in graph:
         cache = joined(node.outputs[0]) if node.op_type == "Concat" else None
-        if cache is not None and cache.past.is_graph_input() and cache.present.is_graph_output():
+        if cache is None or not cache.past.is_graph_input() or not cache.present.is_graph_output():
+            continue
+        if all(user is node or user.op_type == "Shape" for user in match.consumers(cache.past)):
             yield cache
