@@ -17,9 +17,16 @@ TARGETS: dict[str, str] = {
 
 
 def by_name(name: str) -> Backend:
-    """The backend of target ``name``; UserError with the nearest names when there is none."""
-    if name not in TARGETS:
-        raise unknown_name("target", name, TARGETS)
-    module, _, attribute = TARGETS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    """The backend of target ``name``, which may have options as a pass does: ``cpu{accuracy_level=4}``.
+
+    UserError with the nearest names when there is none.
+    """
+    from qcompile.pipeline import split_passes, typed_options
+
+    plain, options = next(iter(split_passes(name)), (name, {}))
+    if plain not in TARGETS:
+        raise unknown_name("target", plain, TARGETS)
+    module, _, attribute = TARGETS[plain].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    backend: Backend = found(**typed_options(found, options)) if options else found()
     return backend

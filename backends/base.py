@@ -31,7 +31,8 @@ class Kernel(TypedDict):
 class Backend(Protocol):
     """A place where the program runs. Constructing one imports no runtime."""
 
-    target: Target
+    @property
+    def target(self) -> Target: ...
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         """Rewrite ``model`` in place into shapes that reach this target's kernels; the number of rewrites."""

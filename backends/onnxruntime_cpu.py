@@ -7,7 +7,9 @@ ensures:  the function of the IR, up to float rounding; names, types and axes of
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -25,6 +27,7 @@ from qcompile.backends.ort import (
     weight_only,
 )
 from qcompile.backends.ort.names import name_products
+from qcompile.backends.ort.weight_only import Level
 from qcompile.graph.functions import DOMAIN
 from qcompile.pipeline import Context, Target
 
@@ -33,15 +36,25 @@ IR_VERSION = 11
 EXTERNAL_BYTES = 64 * 2**20  # a larger program keeps its tensors in model.onnx.data
 
 
+@dataclasses.dataclass(frozen=True)
 class OnnxRuntimeCpu:
-    """The CPU execution provider of ONNX Runtime."""
+    """The CPU execution provider of ONNX Runtime. Options:
 
-    target = Target(
-        name="cpu",
-        backend="onnxruntime",
-        description="ONNX Runtime, CPU (x86-64 and arm64)",
-        kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits"),
-    )
+    accuracy_level: of weight-only linears: 1 multiplies floats, 4 rounds their inputs to 8 bits, block by block
+    """
+
+    name: ClassVar[str] = "cpu"
+    accuracy_level: Level = 1
+
+    @property
+    def target(self) -> Target:
+        level = "" if self.accuracy_level == 1 else f"{{accuracy_level={self.accuracy_level}}}"
+        return Target(
+            name=self.name + level,
+            backend="onnxruntime",
+            description="ONNX Runtime, CPU (x86-64 and arm64)",
+            kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits"),
+        )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         model.graph.sort()
@@ -54,7 +67,9 @@ class OnnxRuntimeCpu:
             "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
             "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
             "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, grown),
-            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger),
+            "weight-only linears": weight_only.rewrite(
+                model, ctx.workspace, ctx.ledger, self.accuracy_level, grown
+            ),
             "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
             "float operators": floats.rewrite(model),
         }

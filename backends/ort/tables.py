@@ -2,7 +2,8 @@
 
     Gather(DequantizeLinear(codes (V, C), scale (V), zero (V)), ids)
         ->  (Cast(Gather(codes, ids)) - Gather(zero, ids)) * Gather(scale, ids)
-A tied head reads the same codes, perhaps with more columns (``grown``): the file holds one table.
+A tied head reads the same codes, perhaps with more columns, or as bytes around 128 in blocks (V, blocks, block)
+(``grown``): the file holds one table.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from qcompile.graph.provenance import layer_name
 from qcompile.graph.workspace import Workspace
 from qcompile.ledger import Ledger
 
+PACKED_ZERO = 128
+
 
 def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger, grown: dict[int, ir.Value]) -> int:
-    """Look up codes instead of floats; ``grown``: by id of a table's codes, the wider table."""
+    """Look up codes instead of floats; ``grown``: by id of a table's codes, the table that took their place."""
     count = 0
     for gather in match.nodes(model.graph, "Gather"):
         dequantize = match.producer(gather.inputs[0], "DequantizeLinear")
@@ -55,6 +58,9 @@ class _Lookup:
         ids = self.gather.inputs[1]
         codes = self._codes(table, ids)
         real = self._put("Cast", [codes], "real", [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+        if table.dtype == ir.DataType.UINT8:
+            middle = new_initializer(self.model, "middle", np.array(PACKED_ZERO, np.float32), self.workspace)
+            real = self._put("Sub", [real, middle], "signed")
         zero = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
         array = constant_array(zero)
         if array is not None and array.any():
@@ -64,8 +70,14 @@ class _Lookup:
         match.put_instead(self.gather, match.new_node("", "Mul", [real, scale], {}, [self.gather]))
 
     def _codes(self, table: ir.Value, ids: ir.Value | None) -> ir.Value:
-        codes = self._put("Gather", [table, ids], "codes")
-        if table.shape is not None and table.shape[1] != self.width:
+        codes, width = self._put("Gather", [table, ids], "codes"), 0
+        rank = len(ids.shape) if ids is not None and ids.shape is not None else 2
+        if table.shape is not None:
+            width = int(np.prod(table.shape.numpy()[1:]))
+        if table.shape is not None and len(table.shape) == 3:
+            whole = new_initializer(self.model, "row", np.array([0] * rank + [width], np.int64), self.workspace)
+            codes = self._put("Reshape", [codes, whole], "joined")
+        if width != self.width:
             bounds = [
                 new_initializer(self.model, hint, np.array([number], np.int64), self.workspace)
                 for hint, number in (("start", 0), ("width", self.width), ("last", -1))

@@ -29,7 +29,7 @@ def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.nd
     """
     low, high = (np.asarray(end(values, axis=-1, keepdims=True, initial=0)) for end in (np.min, np.max))
     affine = affine_from_range(low, high, bits, symmetric=False, signed=False)
-    codes = quantize(values, affine).astype(np.uint8)
+    codes: np.ndarray = quantize(values, affine).astype(np.uint8)
     if bits == 4:
         half = codes.shape[-1] // 2
         codes = codes[..., :half] | codes[..., half:] << 4

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from qcompile.commands.text import columns, indented
+from qcompile.commands.text import columns, indented, show
 
 _MEANING = re.compile(r"^(\w+): (.+)$", re.MULTILINE)
 _KINDS = {bool: "true, false", int: "whole number", float: "number", str: "text", types.NoneType: "none"}
@@ -48,6 +48,8 @@ def targets() -> None:
     from qcompile.backends import TARGETS, by_name
 
     click.echo(columns([(name, by_name(name).target.description) for name in TARGETS]))
+    for name, place in TARGETS.items():
+        show(f"options of {name}, in braces", [(o.spelled, o.values, o.meaning) for o in _described(place)[1]])
 
 
 @click.command("recipes", short_help="list the recipes, and what a .toml file may say")

@@ -84,11 +84,16 @@ class Program:
         return {skip.reason for skip in self.entry.skips}
 
 
-def lower(model: ir.Model, folder: Path, quantise: Callable[[ir.Model, Workspace], None] | None = None) -> Program:
+def lower(
+    model: ir.Model,
+    folder: Path,
+    quantise: Callable[[ir.Model, Workspace], None] | None = None,
+    backend: OnnxRuntimeCpu = OnnxRuntimeCpu(),  # noqa: B008 - frozen
+) -> Program:
     """Quantise and lower ``model``, and write both sides below ``folder``."""
     folder.mkdir(exist_ok=True)
     workspace = Workspace(folder)
-    ledger, backend = Ledger(), OnnxRuntimeCpu()
+    ledger = Ledger()
     ctx = Context(workspace, ledger, by_name("float"), backend.target, [], OrtRunner(workspace))
     if quantise is not None:
         quantise(model, workspace)

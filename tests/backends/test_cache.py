@@ -12,6 +12,7 @@ from qcompile.calibration.runner import open_session
 from qcompile.driver import CompiledModel
 from qcompile.generation import Decoder
 from qcompile.models.architectures import VOCAB, cached_export
+from qcompile.pipeline import Arrays
 from qcompile.quant.numerics import fake_quantize_per_token
 from qcompile.quant.schemes import ActivationScheme
 from qcompile.recipe import Recipe, Rule
@@ -98,7 +99,8 @@ def test_a_program_takes_a_float_past_where_samples_hold_one(bits: int) -> None:
         for part in ("key", "value")
     }
     ids, mask = IDS[:, :4], np.ones((2, 7), np.int64)
-    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.tile(np.arange(3, 7), (2, 1)), **past}
+    places = np.tile(np.arange(3, 7), (2, 1))
+    feeds: Arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": places, **past}
     rounded = {name: fake_quantize_per_token(x, bits, symmetric=False) for name, x in past.items()}
     with compiled("llama", bits) as found:
         given, same = found.run(feeds)["logits"], found.run(feeds | rounded)["logits"]

@@ -172,4 +172,4 @@ def test_8_bit_weights_expand_and_say_so(tmp_path: Path) -> None:
 
 def test_groups_that_no_block_divides_say_so(tmp_path: Path) -> None:
     program = lower(pair(), tmp_path / "p", weight_only(grouped(4, 24)))
-    assert program.reasons() == {"no block of the 4-bit kernel fits these groups and bits"}
+    assert program.reasons() == {"no block of the kernel fits these groups and bits"}
