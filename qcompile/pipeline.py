@@ -250,7 +250,7 @@ def make_pass(name: str, options: dict[str, str]) -> Pass:
         raise unknown_name("pass", name, table)
     step = _registered(name, table[name])
     if isinstance(step, type) and issubclass(step, Pass):
-        return step(**_typed(step, options))
+        return step(**typed_options(step, options))
     if options:
         raise UserError(f"pass '{name}' takes no options", hint="it is a plain onnx_ir pass or function")
     return _as_pass(step, name)
@@ -267,7 +267,8 @@ def _registered(name: str, place: str) -> Any:
         raise UserError(f"pass '{name}' cannot be loaded from '{place}': {error}", hint=hint) from error
 
 
-def _typed(cls: type, options: dict[str, str]) -> dict[str, Any]:
+def typed_options(cls: type, options: dict[str, str]) -> dict[str, Any]:
+    """``options`` as values of the fields of dataclass ``cls``, whose ``name`` errors speak of."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     typed = {}
