@@ -55,7 +55,7 @@ class OsPlus(Transform):
     up_down: bool = True
     mode: Mode = "auto"
     objective: Literal["auto", "linear"] = "auto"
-    points: int = 9
+    points: int = 5
     refine: int = 3
     tokens: int = 512
     t_min: float = 0.1

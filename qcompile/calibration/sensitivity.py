@@ -24,7 +24,7 @@ ALPHAS = (1.0, 0.998, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4
 ALPHAS_8_BIT = (1.0, 0.99)  # 256 levels leave little to gain but what a few sink tokens take
 STRIDE = 2
 RANKING_TOKENS = 64
-ALPHA_TOKENS = 1024
+ALPHA_TOKENS = 512
 Step = tuple[str, ActivationScheme | None]
 PATIENCE = 2  # stop after so many worse quantiles in a row
 

@@ -83,7 +83,7 @@ def test_a_search_that_does_not_beat_the_baseline_keeps_the_identity(baseline: f
 def test_only_channels_beyond_the_threshold_are_scaled() -> None:
     gamma, beta = outlier_norm()
     with bench(normed(gamma, beta), inputs()) as found:
-        site = only_site(found)
+        site = only_site(found, "os_plus{family=threshold}")
         ranges = found.ctx.ledger.current.facts["channel_ranges"]["norm:norm"]
         after = np.abs(ranges["after"]).max(axis=0)
         scale = gamma / found.constant("norm.weight")
