@@ -20,6 +20,7 @@ from qcompile.quant.numerics import affine_from_range, fake_quantize, fake_quant
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 
 MOST_COLUMNS = 8192  # of a linear that are looked at
+Turn = Callable[[np.ndarray], np.ndarray]
 MAX_REGION = 400  # nodes; a larger region is not the inside of one block
 
 
@@ -189,9 +190,12 @@ class Objective:
         bias = self._b + shift @ self._w if shift.any() else self._b
         return self._error((self._x - shift) / scale, w, bias, limits)
 
-    def turned_loss(self, turn: Callable[[np.ndarray], np.ndarray]) -> float:
-        """The same when an orthogonal ``turn`` of rows (n, channels) is applied to x and to the columns of W."""
-        w = turn(self._w.T).T.astype(np.float32)
+    def turned_loss(self, turn: Turn, back: Turn) -> float:
+        """The same when x is multiplied by a matrix T and W by its inverse.
+
+        ``turn``: rows (n, channels) times T; ``back``: rows times T^-T, which is ``turn`` where T is orthogonal.
+        """
+        w = back(self._w.T).T.astype(np.float32)
         return self._error(turn(self._x).astype(np.float32), w, self._b, None)
 
     def _error(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray, limits: tuple[float, float] | None) -> float:
@@ -208,15 +212,24 @@ class Objective:
 
     def energy(self, shift: np.ndarray) -> np.ndarray:
         """Root mean square of every channel of x - shift, tokens brought to length one: (channels,)."""
-        x = self._x - shift
+        root: np.ndarray = np.sqrt(np.square(self.unit_rows(shift)).mean(axis=0))
+        return root
+
+    def unit_rows(self, shift: np.ndarray | float = 0.0) -> np.ndarray:
+        """x - shift for all real tokens, each brought to length one: (tokens, channels)."""
+        x: np.ndarray = self._x - shift
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-20)
         if any(mask is not None for mask in self.masks):
             sizes = [int(np.prod(shape)) for shape in self._shapes]
             x = x[
                 np.concatenate([np.ones(n, bool) if m is None else m for m, n in zip(self.masks, sizes, strict=True)])
             ]
-        root: np.ndarray = np.sqrt(np.square(x).mean(axis=0))
-        return root
+        return x
+
+    @property
+    def weights_of_rows(self) -> np.ndarray:
+        """W of all linears side by side, (channels, columns)."""
+        return self._w
 
     @property
     def is_static(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.search import power_scale
 from qcompile.graph.fold import fold
 from qcompile.graph.functions import is_op
+from qcompile.graph.linears import Linear
 from qcompile.graph.sites import ATTENTIONS, Site, find_sites
 from qcompile.pipeline import Context
 from qcompile.quant.numerics import CLIP_BELOW_BITS
@@ -42,7 +43,7 @@ class Trials:
         return float(np.mean(self._metric.measure(draft.build()).divergences))
 
 
-def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
+def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> list[Site]:
     """Fold s_j = size_j^a / |W_j|^(1 - a) into every norm and gate whose readers' activations are quantised."""
     found = [site for site in find_sites(model) if site.kind in ("norm", "up_down") and _scalable(ctx, site)]
     names = {id(site): str(site.linears[0].x.name) for site in found}
@@ -50,8 +51,9 @@ def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> None:
     for site in found:
         energy = ranges.energy(names[id(site)])
         assert energy is not None
-        scale = power_scale(np.sqrt(energy), _row_size(site), EXPONENT)
+        scale = power_scale(np.sqrt(energy), row_size((*site.linears, *site.experts)), EXPONENT)
         fold(model, site, scale, np.zeros_like(scale), ctx.workspace)
+    return found
 
 
 def _scalable(ctx: Context, site: Site) -> bool:
@@ -59,9 +61,9 @@ def _scalable(ctx: Context, site: Site) -> bool:
     return not site.reason and rule is not None and rule.activations is not None
 
 
-def _row_size(site: Site) -> np.ndarray:
-    """Root mean square of every row of all readers' weights, (channels,)."""
-    readers = [np.asarray(r.w).reshape(-1, r.rows, r.columns) for r in (*site.linears, *site.experts)]
+def row_size(linears: Iterable[Linear]) -> np.ndarray:
+    """Root mean square of every row of all the linears' weights, (channels,)."""
+    readers = [np.asarray(r.w).reshape(-1, r.rows, r.columns) for r in linears]
     columns = sum(len(w) * w.shape[2] for w in readers)
     squares = np.sum([np.einsum("ekn,ekn->k", w, w) for w in readers], axis=0)
     return np.asarray(np.sqrt(squares / columns), np.float32)

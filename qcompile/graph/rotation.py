@@ -1,9 +1,10 @@
-"""Orthogonal matrices folded into the weights around a residual stream, a value path or a down projection.
+"""Matrices folded into the weights around a residual stream, a value path or a down projection.
 
     residual: writers W C R and b C R, tables E C R        readers R^T diag(gamma) W and b + beta W, norms without gain
-    v_o:      columns W_v T_h and bias b_v T_h of a head    rows T_h^T W_o of every query head that it serves
+    v_o:      columns W_v T_h and bias b_v T_h of a head    rows T_h^-1 W_o of every query head that it serves
     down:     x -> x H in blocks, at run time               rows H^T W
-R and T are orthogonal; C = 1 - 11^T / d takes the mean off where the norms are LayerNorms, which then are RMSNorms.
+R and H are orthogonal, T invertible; C = 1 - 11^T / d takes the mean off where the norms are LayerNorms, which then
+are RMSNorms.
 Computed in float64, cast once. Source: QuaRot (arXiv 2404.00456), SpinQuant (2405.16406), section 3.
 """
 
@@ -25,6 +26,7 @@ from qcompile.graph.sites import Site
 from qcompile.graph.workspace import Workspace
 
 ROWS = 4096  # of a table that are turned at a time
+DAMPING = 1e-3  # of the mean of a moment's diagonal: channels hardly seen get no extreme scale
 
 
 def hadamard(size: int) -> np.ndarray:
@@ -50,6 +52,39 @@ def random_rotation(size: int, random: np.random.Generator) -> np.ndarray:
     signs = random.choice((-1.0, 1.0), size)
     q, r = np.linalg.qr(random.standard_normal((size // power, size // power)))
     return np.asarray(signs[:, None] * np.kron(q * np.sign(np.diag(r)), hadamard(power)))
+
+
+def blocked_rotation(order: np.ndarray, block: int, random: np.random.Generator) -> np.ndarray:
+    """A rotation that spreads each channel over those next to it in ``order`` (d,) alone: (d, d) float64, orthogonal.
+
+    Runs of ``block`` channels, the last one maybe shorter, become as many channels by ``random_rotation``.
+    """
+    rotation = np.zeros((len(order), len(order)))
+    for start in range(0, len(order), block):
+        run = order[start : start + block]
+        rotation[run, start : start + len(run)] = random_rotation(len(run), random)
+    return rotation
+
+
+def balancing_matrix(inputs: np.ndarray, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The invertible T (n, n) between inputs x and weights W that leaves rounding the least to spoil, float64.
+
+    ``inputs`` and ``weights`` (n, n): second moments, the means of x^T x and of W W^T. Rounding x T and multiplying it
+    by T^-1 W loses as much as |x T|^2 |T^-1 W|^2 is large. The least has T T^T = G = ``inputs``^-1 # ``weights``, the
+    geometric mean of two matrices, and x T and T^-1 W then have one second moment: its axes are spread evenly over the
+    n channels by ``random_rotation``.
+    """
+    h, m = (DAMPING * np.trace(a) / len(a) * np.eye(len(a)) + a for a in (inputs, weights))
+    root, inverse = _power(h, 0.5), _power(h, -0.5)
+    half = _power(inverse @ _power(root @ m @ root, 0.5) @ inverse, 0.5)
+    axes = np.linalg.eigh(half @ h @ half)[1]
+    return np.asarray(half @ axes @ random_rotation(len(h), random))
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """Of a symmetric positive matrix."""
+    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+    return np.asarray((vectors * np.maximum(values, np.finfo(np.float64).tiny) ** exponent) @ vectors.T)
 
 
 # --------------------------------------------------------------------------- the residual stream
@@ -174,8 +209,8 @@ def _untie(model: ir.Model, head: Linear, workspace: Workspace) -> int:
 # --------------------------------------------------------------------------- values, and the input of a linear
 
 
-def rotate_values(model: ir.Model, site: Site, rotations: np.ndarray, workspace: Workspace) -> None:
-    """Turn the values of each key-value head by its matrix of ``rotations`` (kv heads, d, d), orthogonal.
+def rotate_values(model: ir.Model, site: Site, matrices: np.ndarray, workspace: Workspace) -> None:
+    """Turn the values of each key-value head by its matrix of ``matrices`` (kv heads, d, d), invertible.
 
     Attention mixes tokens alone, so it passes the turn on to the rows of the output projection.
     """
@@ -184,22 +219,22 @@ def rotate_values(model: ir.Model, site: Site, rotations: np.ndarray, workspace:
     source, reader = renewed(site.source), renewed(site.linears[0])
     w = np.array(source.w, np.float64)
     bias = None if source.bias is None else np.array(source.bias, np.float64)
-    for head, matrix in zip(columns, rotations, strict=True):
+    for head, matrix in zip(columns, matrices, strict=True):
         w[:, head] = w[:, head] @ matrix
         if bias is not None:
             bias[head] = bias[head] @ matrix
     store(model, *source.holder, w, workspace)
     if source.add is not None and bias is not None:
         store(model, source.add, 1, bias, workspace)
-    store(model, *reader.holder, turned_rows(reader.w, rows, rotations), workspace)
+    store(model, *reader.holder, turned_rows(reader.w, rows, np.linalg.inv(matrices)), workspace)
 
 
-def turned_rows(w: np.ndarray, rows: np.ndarray, rotations: np.ndarray) -> np.ndarray:
-    """W (K, N) with its ``rows`` (kv heads, times, d) turned by their heads' ``rotations`` (kv heads, d, d)."""
+def turned_rows(w: np.ndarray, rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """W (K, N) with its ``rows`` (kv heads, times, d) multiplied by their heads' ``matrices`` (kv heads, d, d)."""
     result = np.array(w, np.float64)
-    for head, matrix in zip(rows, rotations, strict=True):
+    for head, matrix in zip(rows, matrices, strict=True):
         for places in head:
-            result[places] = matrix.T @ result[places]
+            result[places] = matrix @ result[places]
     return result
 
 

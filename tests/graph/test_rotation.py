@@ -10,6 +10,8 @@ from qcompile.graph.functions import is_op
 from qcompile.graph.linears import find_linears
 from qcompile.graph.residual import find_streams
 from qcompile.graph.rotation import (
+    balancing_matrix,
+    blocked_rotation,
     hadamard,
     insert_rotation,
     power_of_two_in,
@@ -45,7 +47,8 @@ def test_turned_values_and_inputs_compute_the_same(name: str, library: Library, 
     for site in sites:
         assert site.heads is not None
         heads, d = site.heads[0].shape
-        rotate_values(model, site, np.stack([random_rotation(d, random) for _ in range(heads)]), workspace)
+        stretch = random.uniform(0.5, 2.0, d)
+        rotate_values(model, site, np.stack([stretch * random_rotation(d, random) for _ in range(heads)]), workspace)
     downs = [s for s in find_sites(model) if s.kind == "up_down" and not s.linears[0].chosen]
     for site in downs:
         insert_rotation(model, site.linears[0], hadamard(32), workspace)
@@ -95,3 +98,26 @@ def test_a_random_rotation_is_orthogonal_and_repeatable(size: int) -> None:
 
 def test_the_power_of_two_in_a_size() -> None:
     assert [power_of_two_in(n) for n in (1, 2, 9, 576, 1536, 11008)] == [1, 2, 1, 64, 512, 256]
+
+
+def test_a_blocked_rotation_mixes_neighbours_in_the_order_alone() -> None:
+    order = np.random.default_rng(1).permutation(20)
+    rotation = blocked_rotation(order, 8, np.random.default_rng(7))
+    assert np.allclose(rotation @ rotation.T, np.eye(20), rtol=0, atol=1e-12)
+    for start, stop in ((0, 8), (8, 16), (16, 20)):
+        inside = np.isin(np.arange(20), order[start:stop])
+        assert (rotation[inside, start:stop] != 0).all() and (rotation[~inside, start:stop] == 0).all()
+
+
+def test_a_balancing_matrix_leaves_the_least_product() -> None:
+    """|x T|^2 |T^-1 W|^2 has no smaller value: (trace of (H^1/2 M H^1/2)^1/2)^2."""
+    random = np.random.default_rng(5)
+    x, w = random.standard_normal((64, 8)) * np.geomspace(1, 30, 8), random.standard_normal((8, 64))
+    h, m = x.T @ x / 64, w @ w.T / 64
+    turn = balancing_matrix(h, m, random)
+    back = np.linalg.inv(turn)
+    inputs, weights = turn.T @ h @ turn, back @ m @ back.T
+    least = np.sqrt(np.linalg.eigvals(h @ m).real).sum() ** 2
+    assert np.trace(h) * np.trace(m) > 2 * least
+    assert np.trace(inputs) * np.trace(weights) < 1.02 * least  # but for the damping
+    assert np.allclose(np.diag(inputs), np.diag(inputs).mean(), rtol=0.05, atol=0)  # and evenly spread
