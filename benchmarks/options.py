@@ -60,9 +60,9 @@ def common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def model(name: str) -> Path:
+def model(name: str, with_past: bool = False) -> Path:
     """The float export; made in a process of its own, because torch is large."""
-    command = [sys.executable, "-m", "qcompile.models", name]
+    command = [sys.executable, "-m", "qcompile.models", name, *(["--with-past"] if with_past else [])]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return Path(printed.strip().splitlines()[-1]) / "model.onnx"
 

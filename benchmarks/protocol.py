@@ -96,15 +96,16 @@ class WikiText:
 
     def calibration(self, count: int) -> list[list[int]]:
         """Token ids of the first ``count`` windows."""
-        return self._windows("valid", count)
+        return self.read_windows("valid", count)
 
     def score(self, run: Run, limit: int | None = None) -> float:
         """Over the first ``limit`` windows; 40 when None."""
-        windows = self._windows("test", limit or self.windows)
+        windows = self.read_windows("test", limit or self.windows)
         nats = [next_token_nats(run(feeds([ids]))[0], np.array(ids)) for ids in windows]
         return float(np.exp(np.mean(nats)))
 
-    def _windows(self, split: str, count: int) -> list[list[int]]:
+    def read_windows(self, split: str, count: int) -> list[list[int]]:
+        """Token ids of the first ``count`` windows of ``split``."""
         text = (self.data / f"{split}.txt").read_text(encoding="utf-8").replace("<unk>", "unk")
         text = text[: count * WINDOW * MOST_LETTERS]  # the whole text would need much memory
         ids = _tokenizer(self.tokenizer).encode(text, add_special_tokens=False).ids

@@ -12,7 +12,7 @@ from benchmarks import tables
 from qcompile.manifest import installed
 
 Row = dict[str, Any]
-_SETTINGS = ("kind", "model", "limit", "threads", "samples", "passes", "machine")
+_SETTINGS = ("kind", "model", "limit", "threads", "samples", "passes", "context", "tokens", "windows", "machine")
 _PACKAGES = ("onnxruntime", "onnx", "onnxsim", "numpy")
 
 

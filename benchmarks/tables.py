@@ -27,7 +27,7 @@ def all_results(folder: Path = RESULTS) -> str:
 
 def render(result: Mapping[str, Any]) -> str:
     """One result: its table, and what must be known to read it."""
-    draw = {"accuracy": accuracy, "speed": speed, "cost": cost}[result["kind"]]
+    draw = {"accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode}[result["kind"]]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
     return f"{draw(result)}\n\n{result['machine']}; {versions}. {', '.join(commands)}"
@@ -115,6 +115,29 @@ def _speed_line(program: Row, base: Row) -> Sequence[str]:
 
 def _bound_line(bound: Row, base: Row) -> Sequence[str]:
     return bound["name"], f"{bound['ms']:.2f}", "", "", f"{base['min_ms'] / bound['ms']:.2f}", "", ""
+
+
+def decode(result: Mapping[str, Any]) -> str:
+    """One row a program: time of a token behind the context, ratios to the float export, and its cache."""
+    shape = f"{result['context']} tokens before, {result['tokens']} timed"
+    head = (shape, "min ms", "median ms", "tokens/s (median)", "ratio of minima", "ratio of medians",
+            "cache bytes/token", "file MB", "perplexity")  # fmt: skip
+    base = result["rows"][0]
+    lines = [_decode_line(row, base) for row in result["rows"]]
+    how = f"Token by token in turns, {result['threads']} thread, load average {base['load']:.1f}."
+    text = f"{table(head, lines)}\n\n{how}"
+    if result["windows"]:
+        text += f" Perplexity over the first {result['windows']} windows, read in pieces through the cache."
+    return text
+
+
+def _decode_line(row: Row, base: Row) -> Sequence[str]:
+    low, middle = row["min_ms"], row["median_ms"]
+    score = "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+    return (
+        row["name"], f"{low:.2f}", f"{middle:.2f}", f"{1e3 / middle:.1f}", f"{base['min_ms'] / low:.2f}",
+        f"{base['median_ms'] / middle:.2f}", number(row["cache_bytes"]), f"{row['file_mb']:.1f}", score,
+    )  # fmt: skip
 
 
 def cost(result: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -19,7 +21,8 @@ from tests.house.readme_sections import README
 
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 COMMANDS = re.compile(r"<!-- commands -->\n```sh\n(.*?)```", re.DOTALL)
-NAMES = {"mixed.toml", "make_calib.py", "calib.jsonl", "exact.py"}
+DECODER = re.compile(r"<!-- commands: decoder -->\n```sh\n(.*?)```", re.DOTALL)
+NAMES = {"mixed.toml", "make_calib.py", "calib.jsonl", "exact.py", "generate.py"}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             program, *arguments = shlex.split(line)
             assert program == "qcompile" and cli.main(arguments) == 0, line
     return made
+
+
+@pytest.fixture(scope="module")
+def decoder(folder: Path) -> list[str]:
+    """What the README's commands about generation printed, line by line; their programs lie in ``folder``."""
+    shutil.copy(cached_export("llama", with_past=True), folder / "decoder.onnx")
+    (found,) = DECODER.findall(README.read_text())
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.chdir(folder)
+        for line in found.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "qcompile" and cli.main(arguments) == 0, line
+        runpy.run_path("generate.py")
+    return shown.getvalue().splitlines()
+
+
+def test_a_decoder_continues_a_text_in_float_and_in_low_bits(decoder: list[str], folder: Path) -> None:
+    texts = [line for line in decoder if line.startswith(("compiled: ", "original: "))]
+    assert len(texts) == 2 and all("The first sentence" in text for text in texts)
+    (share,) = (line for line in decoder if line.endswith("tokens are the same"))
+    assert re.fullmatch(r"the first \d+ of 16 tokens are the same", share)
+    assert [line.split()[-1] for line in decoder[-8:]] == ["ms"] * 8
+    record = json.loads((folder / "low" / "manifest.json").read_text())
+    ports = {port["name"]: port["type"] for port in record["interface"]["inputs"]}
+    assert ports["past_key_values.0.key"] == "UINT8"
+    assert {k["kernel"] for k in record["kernels"] if k["low_bit"]} == {"MatMulNBits"}
 
 
 def _write_tokenizer(path: Path, texts: list[str]) -> None:
