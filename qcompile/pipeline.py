@@ -36,6 +36,7 @@ PASSES: dict[str, str] = {
     "rtn": "qcompile.passes.rtn:Rtn",
     "gptq": "qcompile.passes.gptq:Gptq",
     "rotate": "qcompile.passes.rotate:Rotate",
+    "token_clip": "qcompile.passes.token_clip:TokenClip",
     "lwc": "qcompile.passes.lwc:Lwc",
     "quantise": "qcompile.passes.quantise:Quantise",
 }

@@ -21,7 +21,7 @@ from qcompile.graph.workspace import Workspace
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _UNARY = ("Gelu", "Silu", "Relu", "Tanh", "Sigmoid", "Identity", "Dropout")
-_PER_TOKEN = ("FakeQuantizePerToken", "FakeQuantizePerTokenSymmetric")
+_PER_TOKEN = ("FakeQuantizePerToken", "FakeQuantizePerTokenSymmetric", "ClipTokens")
 _BINARY = ("Add", "Sub", "Mul", "Div", "Max", "Min")
 _STATIC = ("QuantizeLinear", "DequantizeLinear")
 

@@ -77,6 +77,20 @@ _BODIES: dict[str, str] = {
         code = Round (ratio)
         y = Mul (code, scale)
     }""",
+    # rows of x (..., C) cut to `reach`, a share, of their own min and max
+    "ClipTokens": """ClipTokens <reach> (x) => (y) {
+        share = Constant <value_float: float = @reach> ()
+        zero = Constant <value_float: float = 0.0> ()
+        last = Constant <value_ints = [-1]> ()
+        top = ReduceMax <keepdims = 1> (x, last)
+        bottom = ReduceMin <keepdims = 1> (x, last)
+        above = Max (top, zero)
+        below = Min (bottom, zero)
+        hi = Mul (above, share)
+        lo = Mul (below, share)
+        floored = Max (x, lo)
+        y = Min (floored, hi)
+    }""",
     # each run of n channels of x (..., C) times matrix (n, n); n divides C
     "RotateBlocks": """RotateBlocks (x, matrix) => (y) {
         shape = Shape (x)

@@ -77,6 +77,15 @@ def quantize_per_token(
     _redirect(readers, result)
 
 
+def clip_tokens(model: ir.Model, value: ir.Value, readers: Readers, reach: float) -> None:
+    """Let ``readers`` read ``value`` with each row cut to ``reach``, a share, of its own range."""
+    use(model, "ClipTokens")
+    attributes = {"reach": ir.AttrFloat32("reach", reach)}
+    result = _after(value, "ClipTokens", [value], attributes, f"{value.name}.cut", DOMAIN)
+    result.type, result.shape = value.type, value.shape
+    _redirect(readers, result)
+
+
 def switch(
     model: ir.Model,
     readers: Readers,

@@ -95,6 +95,14 @@ def fake_quantize_per_token(x: np.ndarray, bits: int, symmetric: bool) -> np.nda
     return fake_quantize(x, affine_from_range(lo, hi, bits, symmetric, signed=False))
 
 
+def clip_tokens(x: np.ndarray, reach: float) -> np.ndarray:
+    """Each row of ``x`` [..., C] cut to ``reach``, a share, of its own range: what the runtime function does."""
+    lo = np.minimum(x.min(axis=-1, keepdims=True), 0) * np.float32(reach)
+    hi = np.maximum(x.max(axis=-1, keepdims=True), 0) * np.float32(reach)
+    clipped: np.ndarray = np.clip(x, lo, hi)
+    return clipped
+
+
 # --------------------------------------------------------------------------- weights
 
 
