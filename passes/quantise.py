@@ -1,7 +1,8 @@
 """Quantise: write the recipe's formats into the graph, and hold the accuracy gate.
 
 rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x));
-          concat(past, k)  ->  concat(past, the per-token function of k), which the lowering turns into codes
+          concat(past, k)  ->  concat(past, the per-token function of k), which the lowering turns into codes; keys
+          of few bits around their mean
 needs:    a recipe with rules; calibration samples where a range is static
 ensures:  codes within the bits of their scheme; constants (masks, tables of positions) are never calibrated as
           activations; with a gate, the fewest activations in higher precision that hold it

@@ -5,6 +5,8 @@
             present_scale  float (B, H, P + S, 1)                                    Concat(past_scale, scale of new)
             present_zero_point  u8 (B, H, P + S, 1)
         and the attention reads (codes - zero point) * scale
+New tokens may be quantised around a centre, Add(FakeQuantizePerToken(Sub(new, centre)), centre): the codes leave it
+out, and for keys so does what the attention reads, since it moves all scores of a query alike.
 Past and present are inputs and outputs under the names that they had, with two more beside each. New tokens are read
 as the next step will read them, so that any split of a text gives the same. At 4 bits a byte holds channel i in its
 low and channel i + d / 2 in its high half. Spelled in Cast, Sub and Mul, which take half the time of ONNX Runtime's
@@ -20,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.backends.ort.emit import put_node
-from qcompile.graph.caches import SCALE, ZERO_POINT, Cache, find_caches
+from qcompile.graph.caches import SCALE, ZERO_POINT, Cache, find_caches, is_of_keys
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import naming, new_initializer
 from qcompile.graph.provenance import inherit
@@ -39,7 +41,7 @@ def rewrite(model: ir.Model, workspace: Workspace, ledger: Ledger) -> list[ir.Va
     with naming(model):
         lowering = _Lowering(model, workspace)
         for cache in list(find_caches(model.graph)):
-            quantiser = match.producer(cache.new, "FakeQuantizePerToken")
+            quantiser = match.producer(_centred(cache.new), "FakeQuantizePerToken")
             if quantiser is not None:
                 lowering.replace(cache, quantiser)
     if lowering.ports:
@@ -59,6 +61,13 @@ class _Codes:
         return self.codes, self.scale, self.zero
 
 
+def _centred(value: ir.Value) -> ir.Value:
+    """``value`` without the constant that is added to it at last, if one is."""
+    add = match.producer(value, "Add")
+    operands = match.constant_operand(add) if add is not None else None
+    return value if operands is None else operands[0]
+
+
 class _Lowering:
     def __init__(self, model: ir.Model, workspace: Workspace) -> None:
         self.model, self.workspace = model, workspace
@@ -73,6 +82,10 @@ class _Lowering:
         self._sizes(cache, past.codes, width)
         present = self._present(cache, past, new)
         whole = self._dequantised(cache, present, levels)
+        centred = _centred(cache.new)
+        add = cache.new.producer()
+        if centred is not cache.new and add is not None and not is_of_keys(cache):
+            whole = self._put(cache.node, "Add", [whole, match.other_operand(add, centred)])
         old = cache.present
         old.replace_all_uses_with(whole)  # the graph's output is the codes already
         match.remove_dead(self.model.graph, [cache.node])

@@ -1,4 +1,4 @@
-"""The past that a program with a quantised key/value cache is fed: codes, scales and zero points."""
+"""What a program with a quantised key/value cache is fed in place of an empty float one."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ from typing import Any
 import numpy as np
 
 from qcompile.calibration.inputs import Arrays
+from qcompile.errors import UserError
 from qcompile.graph.caches import SCALE, ZERO_POINT
-from qcompile.quant.numerics import affine_from_range, quantize
 
 
 def fed(session: Any, feeds: Arrays) -> Arrays:
-    """Those of ``feeds`` that ``session`` takes; a float past becomes what a quantised cache takes in its place."""
+    """Those of ``feeds`` that ``session`` takes; an empty float past becomes empty codes, scales and zero points.
+
+    Raises UserError for a float past of any tokens: only the program itself can make its codes.
+    """
     inputs = {item.name: item for item in session.get_inputs()}
     given = {name: array for name, array in feeds.items() if name in inputs}
-    for name in [name for name in inputs if name + SCALE in inputs and name in given]:
-        packed = inputs[name].shape[-1] * 2 == given[name].shape[-1]
-        codes, scale, zero = encode(given[name], 4 if packed else 8)
-        given |= {name: codes, name + SCALE: scale, name + ZERO_POINT: zero}
+    for name in [name for name in inputs if name + SCALE in inputs and name + SCALE not in given and name in given]:
+        sides = given[name].shape[:3]
+        if 0 not in sides:
+            hint = "start from an empty past, or from what an earlier run of this program gave as the present"
+            raise UserError(f"'{name}' is a float past of {sides[2]} tokens, and the cache is quantised", hint=hint)
+        given[name] = np.zeros([*sides, inputs[name].shape[3]], np.uint8)
+        given[name + SCALE] = np.zeros([*sides, 1], np.float32)
+        given[name + ZERO_POINT] = np.zeros([*sides, 1], np.uint8)
     return given
-
-
-def encode(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes u8, scale float, zero point u8) of keys or values (batch, heads, tokens, width), 8 or 4 bits.
-
-    A range for each token and head. At 4 bits a byte holds channel i in its low and i + width / 2 in its high half.
-    """
-    low, high = (np.asarray(end(values, axis=-1, keepdims=True, initial=0)) for end in (np.min, np.max))
-    affine = affine_from_range(low, high, bits, symmetric=False, signed=False)
-    codes: np.ndarray = quantize(values, affine).astype(np.uint8)
-    if bits == 4:
-        half = codes.shape[-1] // 2
-        codes = codes[..., :half] | codes[..., half:] << 4
-    return codes, affine.scale.astype(np.float32), affine.zero_point.astype(np.uint8)

@@ -22,6 +22,7 @@ from qcompile.graph.provenance import original_name
 from qcompile.graph.qdq import (
     keep_columns,
     quantize_attention,
+    quantize_cache,
     quantize_linear_weight,
     quantize_per_token,
     quantize_static,
@@ -72,6 +73,7 @@ class Draft:
     def __init__(self, model: ir.Model, recipe: Recipe, workspace: Workspace) -> None:
         self.model, self._workspace = model, workspace
         self.ranges = Ranges({}, {})
+        self.centres: dict[str, np.ndarray] = {}  # of caches of keys in few bits
         self.left: list[tuple[str, str, str]] = []  # (site, reason, node): what the recipe leaves float
         self._float_inputs: set[str] = set()  # linears that read their activation in float
         self._codes: dict[tuple[str, WeightScheme, bytes], QuantizedWeight] = {}
@@ -146,7 +148,8 @@ class Draft:
         for cache in list(find_caches(model.graph)):
             scheme = choice.caches.get(cache.name)
             if scheme is not None:
-                quantize_per_token(model, cache.new, [(cache.node, 1)], scheme, self._workspace)
+                centre = self.centres.get(cache.name)
+                quantize_cache(model, cache, scheme, centre, self._workspace)
                 count += 1
         return count
 

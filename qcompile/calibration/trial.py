@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.draft import Draft
+from qcompile.calibration.keys import key_means
 from qcompile.calibration.metric import Metric
 from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.search import power_scale
@@ -77,6 +78,8 @@ def calibrate_draft(ctx: Context, draft: Draft, samples: Sequence[Any] | None = 
     inputs = draft.inputs() if narrow else []
     if static or inputs:
         draft.ranges = calibrate(ctx, draft.model, static, inputs, samples)
+    narrow_caches = [name for name, scheme in draft.choice.caches.items() if scheme.bits < CLIP_BELOW_BITS]
+    draft.centres = key_means(ctx, draft.model, narrow_caches, samples)
 
 
 def _attention_operands(draft: Draft) -> dict[str, ActivationScheme]:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qcompile.graph.blocks import ATTENTIONS
 from qcompile.graph.canonical import match
+from qcompile.graph.functions import is_op
 
 TOKENS = 2  # the axis of tokens
 SCALE, ZERO_POINT = "_scale", "_zero_point"  # behind a cache's name, where its codes have them
@@ -49,6 +51,15 @@ def joined(value: ir.Value | None) -> Cache | None:
     if past is None or new is None or any(x.shape is None or len(x.shape) != 4 for x in (past, new)):
         return None
     return Cache(past, new, node)
+
+
+def is_of_keys(cache: Cache) -> bool:
+    """Whether attentions read the present as their keys, and nothing else reads its numbers."""
+    readers = [node for node in match.consumers(cache.present) if node.op_type != "Shape"]
+    return bool(readers) and all(
+        is_op(node, *ATTENTIONS) and [v is cache.present for v in node.inputs[:3]] == [False, True, False]
+        for node in readers
+    )
 
 
 def find_caches(graph: ir.Graph) -> Iterator[Cache]:

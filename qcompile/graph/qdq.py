@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.graph.caches import Cache
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import DOMAIN, use
@@ -75,6 +76,28 @@ def quantize_per_token(
     result = _after(x, function, [x], attributes, f"{value.name}.per_token", DOMAIN)
     result.type, result.shape = value.type, value.shape
     _redirect(readers, result)
+
+
+def quantize_cache(
+    model: ir.Model, cache: Cache, scheme: ActivationScheme, centre: np.ndarray | None, workspace: Workspace
+) -> None:
+    """Let ``cache`` be joined by tokens on the grid of the per-token function, around ``centre``.
+
+    centre: (1, heads, 1, width), or None for zero
+    """
+    value = cache.new
+    if centre is not None:
+        held = new_initializer(model, f"{cache.name}.centre", centre, workspace)
+        value = _after(value, "Sub", [cache.new, held], {}, f"{cache.name}.centred")
+        value.type, value.shape = cache.new.type, cache.new.shape
+        back = _after(value, "Add", [value, held], {}, f"{cache.name}.new")
+        back.type, back.shape = cache.new.type, cache.new.shape
+        adder = back.producer()
+        assert adder is not None
+        quantize_per_token(model, value, [(adder, 0)], scheme, workspace)
+        _redirect([(cache.node, 1)], back)
+        return
+    quantize_per_token(model, value, [(cache.node, 1)], scheme, workspace)
 
 
 def clip_tokens(model: ir.Model, value: ir.Value, readers: Readers, reach: float) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 import qcompile
-from qcompile.calibration.caches import encode
 from qcompile.calibration.runner import open_session
 from qcompile.driver import CompiledModel
+from qcompile.errors import UserError
 from qcompile.generation import Decoder
 from qcompile.models.architectures import VOCAB, cached_export
-from qcompile.pipeline import Arrays
-from qcompile.quant.numerics import fake_quantize_per_token
+from qcompile.quant.numerics import affine_from_range, quantize
 from qcompile.quant.schemes import ActivationScheme
 from qcompile.recipe import Recipe, Rule
 from tests.text import logits
 
 HEADS, WIDTH = 2, 16
+PER_TOKEN_4 = ActivationScheme(bits=4, granularity="per_token")
 IDS = np.random.default_rng(0).integers(3, VOCAB, (2, 12))
 
 
@@ -73,38 +76,55 @@ def test_codes_scales_and_zero_points_are_those_of_the_numerics(bits: int, byte:
     exact = Decoder.open(cached_export("llama", with_past=True))
     exact.feed(IDS)
     values = exact.past("past_key_values.0.value")
-    expected = encode(values, bits)
-    assert codes.shape == (2, HEADS, 12, byte) and codes.dtype == np.uint8
-    assert np.mean(codes != expected[0]) < 0.01  # the last bit of a float may turn a rounding
-    np.testing.assert_allclose(scale, expected[1], rtol=1e-5)
-    np.testing.assert_array_equal(zero, expected[2])
+    affine = affine_from_range(values.min(-1, keepdims=True), values.max(-1, keepdims=True), bits, False, False)
+    expected = quantize(values, affine)
+    if bits == 4:
+        codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
+    assert codes.dtype == np.uint8 and np.mean(codes != expected) < 0.01  # a float's last bit may turn a rounding
+    np.testing.assert_allclose(scale, affine.scale, rtol=1e-5)
+    np.testing.assert_array_equal(zero, affine.zero_point)
 
 
-def test_encoded_values_are_those_of_the_runtime_function() -> None:
-    values = np.random.default_rng(1).standard_normal((2, 3, 5, 8)).astype(np.float32)
-    for bits in (8, 4):
-        codes, scale, zero = encode(values, bits)
-        if bits == 4:
-            codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
-        decoded = (codes.astype(np.float32) - zero) * scale
-        np.testing.assert_allclose(decoded, fake_quantize_per_token(values, bits, symmetric=False), atol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_program_takes_a_float_past_where_samples_hold_one(bits: int) -> None:
-    generator = np.random.default_rng(3)
+def test_a_float_past_of_some_tokens_is_refused() -> None:
+    """Calibration data may hold one, but only the program can make its codes."""
     past = {
-        f"past_key_values.{layer}.{part}": generator.standard_normal((2, HEADS, 3, WIDTH)).astype(np.float32)
+        f"past_key_values.{layer}.{part}": np.ones((2, HEADS, 3, WIDTH), np.float32)
         for layer in (0, 1)
         for part in ("key", "value")
     }
-    ids, mask = IDS[:, :4], np.ones((2, 7), np.int64)
     places = np.tile(np.arange(3, 7), (2, 1))
-    feeds: Arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": places, **past}
-    rounded = {name: fake_quantize_per_token(x, bits, symmetric=False) for name, x in past.items()}
-    with compiled("llama", bits) as found:
-        given, same = found.run(feeds)["logits"], found.run(feeds | rounded)["logits"]
-    np.testing.assert_allclose(given, same, rtol=0, atol=1e-3)
+    feeds = {"input_ids": IDS[:, :4], "attention_mask": np.ones((2, 7), np.int64), "position_ids": places}
+    with compiled("llama", 8) as found:
+        with pytest.raises(UserError, match="float past of 3 tokens"):
+            found.run(feeds | past)
+        empty = {name: array[:, :, :0] for name, array in past.items()}
+        feeds |= {"attention_mask": np.ones((2, 4), np.int64), "position_ids": places - 3}
+        assert found.run(feeds | empty)["present.0.key"].shape == (2, HEADS, 4, WIDTH)
+
+
+def with_key_biases(path: Path, size: float) -> Path:
+    """GPT-2 at ``path`` with random numbers of ``size`` added to the biases of all keys, which changes nothing."""
+    proto = onnx.load(cached_export("gpt2", with_past=True))
+    generator = np.random.default_rng(0)
+    biases = [tensor for tensor in proto.graph.initializer if tensor.name.endswith("c_attn.bias")]
+    assert len(biases) == 2
+    for tensor in biases:
+        held = numpy_helper.to_array(tensor).copy()
+        keys = np.split(held, 3)[1]
+        keys += size * generator.standard_normal(keys.shape).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(held, tensor.name))
+    onnx.save(proto, path)
+    return path
+
+
+@pytest.mark.parametrize("size", [0.0, 20.0])
+def test_keys_of_few_bits_leave_their_mean_out_of_the_codes(size: float, tmp_path: Path) -> None:
+    model = with_key_biases(tmp_path / "biased.onnx", size)
+    expected = logits(cached_export("gpt2", with_past=True), IDS, [12])
+    recipe = Recipe(name="cache", rules=(Rule(op="cache", activations=PER_TOKEN_4),))
+    with qcompile.compile(model, recipe=recipe, passes=[], max_samples=8, max_length=12) as found:
+        got = logits(found.folder / "model.onnx", IDS, [5, 1, 6])
+    assert np.linalg.norm(got - expected) < 0.2 * np.linalg.norm(expected)
 
 
 def test_the_interface_of_the_manifest_is_that_of_the_program() -> None:
