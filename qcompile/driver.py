@@ -213,7 +213,7 @@ def _with_starts(steps: Sequence[Pass], recipe: Recipe) -> list[Pass]:
 
 def _steps(passes: str | Sequence[Step] | None, recipe: Recipe) -> list[Pass]:
     if passes is None:
-        acts = any(r.activations is not None for r in recipe.rules)
+        acts = any(r.activations is not None for r in recipe.rules if r.op != "cache")
         passes = DEFAULT_TRANSFORMS if acts else ()
     if isinstance(passes, str):
         passes = [passes]

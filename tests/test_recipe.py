@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qcompile import backends
+from qcompile.driver import expand
 from qcompile.errors import UserError
+from qcompile.quant.schemes import ActivationScheme
 from qcompile.recipe import RECIPES, Recipe, Rule, by_name, load
 
 
@@ -131,3 +134,27 @@ def test_recipes_do_not_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         by_name("w8a8").name = "other"
     assert by_name("w8a8") == by_name("w8a8") and isinstance(by_name("float"), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "bits"), [("w8a8kv8_static", "w8a8_static", 8), ("w4a16kv4_g32", "w4a16_g32", 4)]
+)
+def test_a_cache_is_one_rule_more(name: str, plain: str, bits: int) -> None:
+    *rules, cache = by_name(name).rules
+    assert tuple(rules) == by_name(plain).rules
+    assert cache == Rule(op="cache", activations=ActivationScheme(bits=bits, granularity="per_token"))
+
+
+@pytest.mark.parametrize("name", ["w8a8kv6", "w8a8kv", "kv8"])
+def test_a_cache_has_8_or_4_bits(name: str) -> None:
+    with pytest.raises(UserError, match="recipe"):
+        by_name(name)
+    with pytest.raises(ValueError, match="8 or 4 bits"):
+        Rule(op="cache", activations=ActivationScheme(bits=6, granularity="per_token"))
+    with pytest.raises(ValueError, match="8 or 4 bits"):
+        Rule(op="cache", activations=ActivationScheme(bits=8))
+
+
+def test_a_cache_alone_asks_for_no_transform_of_activations() -> None:
+    names = [[p.name for p in expand(None, by_name(n), backends.by_name("cpu"))] for n in ("w4a16kv8_g32", "w4a16_g32")]
+    assert names[0] == names[1] and "os_plus" not in names[0]
