@@ -38,6 +38,9 @@ PASSES: dict[str, str] = {
     "rotate": "qcompile.passes.rotate:Rotate",
     "token_clip": "qcompile.passes.token_clip:TokenClip",
     "lwc": "qcompile.passes.lwc:Lwc",
+    "let": "qcompile.passes.let:Let",
+    "omniquant": "qcompile.passes.omniquant:OmniQuant",
+    "fsbr": "qcompile.passes.fsbr:Fsbr",
     "quantise": "qcompile.passes.quantise:Quantise",
 }
 ENTRY_POINTS = "qcompile.passes"
@@ -87,7 +90,7 @@ class Target:
 
 @dataclasses.dataclass
 class Context:
-    """What the runner gives to a pass."""
+    """What the runner gives to a pass. ``resume``: the folder where a pass keeps what is done, to go on behind it."""
 
     workspace: Workspace
     ledger: Ledger
@@ -97,6 +100,7 @@ class Context:
     runner: Runner
     max_drop: float | None = None
     seed: int = 0
+    resume: Path | None = None
 
 
 class Pass(ir.passes.InPlacePass, abc.ABC):
@@ -117,6 +121,10 @@ class Pass(ir.passes.InPlacePass, abc.ABC):
     @abc.abstractmethod
     def run(self, model: ir.Model, ctx: Context) -> int:
         """Rewrite ``model`` in place and return the number of rewrites."""
+
+    def starts_from(self, recipe: Recipe) -> str | None:
+        """The pass that should stand before this one where no other transform does."""
+        return None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         raise UserError(f"pass '{self.name}' needs a context", hint="run it through qcompile.compile(...)")

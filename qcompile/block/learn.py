@@ -1,6 +1,7 @@
 """The loop that learns what a block's transforms should be: AdamW on the distance to the float block's output.
 
-One sample a step, as in OmniQuant (arXiv 2308.13137, section 3.1). The objective is the squared error over the
+One sample a step, as in OmniQuant (arXiv 2308.13137, section 3.1), or several where they are short: weights are
+rounded once a step. The objective is the squared error over the
 tokens that count, relative to the targets' mean square, so that one learning rate fits every block. The best
 state of all epochs is kept: the result is never worse than the start on that objective. A loss, a gradient or an
 epoch that runs away takes the loop back to the best state, at half the rate.
@@ -51,12 +52,14 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """clip_norm: the largest norm of a step's gradient; seed: of the order of the samples in each epoch."""
+    """clip_norm: the largest norm of a step's gradient; seed: of the order of the samples in each epoch; step_tokens:
+    a step takes samples until they have so many tokens."""
 
     epochs: int = 5
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = 1.0
     seed: int = 0
+    step_tokens: int = 1
 
 
 @dataclasses.dataclass
@@ -137,10 +140,10 @@ class _Loop:
         self, optimiser: torch.optim.Optimizer, epoch: int, order: list[int], advance: progress.Advance
     ) -> str:
         """One pass over the samples; returns what stopped it, or ""."""
-        for place, number in enumerate(order):
+        for place, numbers in self._steps(order):
             self._set_rates(optimiser, (epoch + place / len(order)) / self._plan.epochs)
             optimiser.zero_grad(set_to_none=True)
-            loss = self._loss(self._change(), self._examples[number])
+            loss = self._loss(self._change(), numbers)
             if not math.isfinite(loss.item()):
                 return "the loss is not finite"
             torch.autograd.backward(loss)
@@ -148,8 +151,20 @@ class _Loop:
             if not math.isfinite(norm.item()):
                 return "a gradient is not finite"
             optimiser.step()
-            advance()
+            for _ in numbers:
+                advance()
         return ""
+
+    def _steps(self, order: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """The samples of each step, and how many came before."""
+        taken: list[int] = []
+        tokens = 0
+        for place, number in enumerate(order, 1):
+            taken.append(number)
+            tokens += math.prod(self._examples[number].targets[0].shape[:2])
+            if tokens >= self._plan.step_tokens or place == len(order):
+                yield place - len(taken), taken
+                taken, tokens = [], 0
 
     def _judge(self) -> str:
         """Measure the state after an epoch and keep it if it is the best; returns why it is hopeless, or ""."""
@@ -173,9 +188,10 @@ class _Loop:
 
     # ----------------------------------------------------------------- the objective
 
-    def _loss(self, changed: Tensors, example: Example) -> Tensor:
-        total, count = self._squares(changed, example)
-        return total / (max(count, 1) * self._unit)
+    def _loss(self, changed: Tensors, numbers: Sequence[int]) -> Tensor:
+        found = [self._squares(changed, self._examples[number]) for number in numbers]
+        count = max(sum(count for _, count in found), 1)
+        return torch.stack([total for total, _ in found]).sum() / (count * self._unit)
 
     def _squares(self, changed: Tensors, example: Example) -> tuple[Tensor, int]:
         """Squared error over the tokens that count, summed over targets, and how many numbers that are."""

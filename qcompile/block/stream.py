@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -91,6 +91,11 @@ class Step:
         return self.part.name
 
     @property
+    def model(self) -> ir.Model:
+        """The whole model, as it is now."""
+        return self._walk.model
+
+    @property
     def linears(self) -> list[Linear]:
         """The block's linears in the whole model, as it is now."""
         inside = {linear.name for linear in find_linears(self.block().graph)}
@@ -107,6 +112,22 @@ class Step:
     def quantised(self) -> ir.Model:
         """``block()`` with the recipe's fake quantisation; static ranges are those on ``inputs``."""
         return self._walk.quantised(self.part)
+
+    def learnable(self) -> Learnable:
+        """``block()`` with float linears, and how the recipe quantises what they read."""
+        return self._walk.learnable(self.part)
+
+    def replace(self, graph: ir.Graph, moved: Mapping[str, Moved] | None = None) -> ir.Graph:
+        """Let ``graph``, of a changed clone of the whole model, be the model's; returns the one before.
+
+        moved: (shift, scale), each (C,), by the names of the inputs x for which the block in ``graph`` reads
+        (x - shift) / scale
+        """
+        return self._walk.replace(graph, moved or {})
+
+    def reads_last(self, name: str) -> bool:
+        """Whether ``name`` is an input of the block that nothing behind it reads."""
+        return self._walk.reads_last(self.part, name)
 
     def extra(self, sample: int) -> Arrays:
         """The block's inputs besides the stream, as they come with ``inputs``."""
@@ -144,6 +165,24 @@ class Step:
         pairs = zip(sequences(output, mask), sequences(self.targets[sample], mask), strict=True)
         found = [(float(np.square(rows - wanted, dtype=np.float64).sum()), rows.size) for rows, wanted in pairs]
         return sum(total for total, _ in found), sum(count for _, count in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnable:
+    """A block without quantisation, and what the recipe says of it.
+
+    activations: how a linear's input is quantised, by the linear's name; those with channels in float are left out
+    attention: how an attention's operands are quantised, by the name of its output
+    ends: of static ranges, (lo, hi), one number or (C,) each, by the value's name
+    """
+
+    model: ir.Model
+    activations: dict[str, ActivationScheme]
+    attention: dict[str, ActivationScheme]
+    ends: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+Moved = tuple[np.ndarray, np.ndarray]
 
 
 def _mean(parts: Iterable[tuple[float, int]]) -> float:
@@ -190,9 +229,11 @@ class _Walk:
         self._blocks = made.blocks
         last = max((place for place, part in enumerate(made.parts) if part.is_block), default=-1)
         self._parts = made.parts[: last + 1]
+        self._behind = {name for part in made.parts[last + 1 :] for name in part.needs}
         key = make_key(model, ctx.recipe, ctx.seed, samples)
         self._cache = Cache(folder, label, key, model, ctx.workspace)
         self._shared: set[str] = set()  # values that are the same in both streams, kept once
+        self._moved: Mapping[str, Moved] = {}  # inputs of the present block, where that changed what makes them
 
     def steps(self) -> Iterator[Step]:
         state = self._cache.state
@@ -224,6 +265,7 @@ class _Walk:
         state = self._cache.state
         self._cache.finish(self.model, State(place + 1, {**state.facts, part.name: facts}))
         self._cache.keep(later)
+        self._moved = {}
         for held in (self.model, self._float):
             self._ctx.workspace.let_go(held)
 
@@ -240,7 +282,11 @@ class _Walk:
     # ----------------------------------------------------------------- values
 
     def get(self, stream: Stream, name: str, sample: int) -> np.ndarray:
-        return self._cache.get("float" if name in self._shared else stream, name, sample)
+        found = self._cache.get("float" if name in self._shared else stream, name, sample)
+        if stream == "float" or name not in self._moved:
+            return found
+        shift, scale = self._moved[name]
+        return np.asarray((found - shift) / scale, np.float32)
 
     def run(self, model: ir.Model, feeds: Callable[[int], Arrays], names: Sequence[str]) -> Iterator[Arrays]:
         """The values ``names`` of ``model`` on every sample; ``feeds`` gives the inputs for its number."""
@@ -290,6 +336,26 @@ class _Walk:
 
     def float_block(self, part: Part) -> ir.Model:
         return extract(self._float, part)
+
+    def replace(self, graph: ir.Graph, moved: Mapping[str, Moved]) -> ir.Graph:
+        before, self.model.graph = self.model.graph, graph
+        self._moved = moved
+        return before
+
+    def reads_last(self, part: Part, name: str) -> bool:
+        return name in part.needs and name not in self._wanted(self._parts.index(part) + 1) | self._behind
+
+    def learnable(self, part: Part) -> Learnable:
+        draft = self._draft(extract(self.model, part))
+        static = _static(draft)
+        if static:
+            draft.ranges = calibrate(self._ctx, draft.model, static, [], self._quantised_samples(part))
+        known = {n: a for n, a in draft.choice.activations.items() if a.outlier_threshold is None}
+        readers = {name: linears for name, linears in draft.readers().items() if name in known}
+        fixed = {name: scheme for name, scheme in static.items() if scheme.outlier_threshold is None}
+        ends = {name: draft.ranges.affine(name, scheme, self._alpha).ends for name, scheme in fixed.items()}
+        activations = {linear: known[name] for name, linears in readers.items() for linear in linears}
+        return Learnable(draft.model, activations, dict(draft.choice.attention), ends)
 
     def quantised(self, part: Part) -> ir.Model:
         """``part`` as it is now, with the recipe's fake quantisation."""

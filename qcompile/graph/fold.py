@@ -189,7 +189,8 @@ def _restore_others(
     """Give every reader that is no linear ``x~ * s + z``; one pair of nodes for each value they read."""
     groups: dict[int, list[Other]] = {}
     for other in site.others:
-        groups.setdefault(id(other.value), []).append(other)
+        if not _joined(model, other, s, z, workspace):
+            groups.setdefault(id(other.value), []).append(other)
     for found in groups.values():
         value = carrier if found[0].value is site.tensor else found[0].value
         restored = _affine_nodes(model, value, s, z, workspace)
@@ -199,6 +200,22 @@ def _restore_others(
             else:
                 _become_output(model, value, restored)
     return len(groups) * (2 if z.any() else 1)
+
+
+def _joined(model: ir.Model, other: Other, s: np.ndarray, z: np.ndarray, workspace: Workspace) -> bool:
+    """Whether ``other`` is x * f (+ o) of an earlier fold: then its f and o restore this one as well."""
+    node = other.node
+    factor = constant_array(node.inputs[1 - other.index]) if node is not None and is_op(node, "Mul") else None
+    if node is None or factor is None or factor.shape != s.shape:
+        return False
+    add = match.only_consumer(node.outputs[0])
+    offset = constant_array(add.inputs[1]) if add is not None and is_op(add, "Add") else None
+    if z.any() and (offset is None or offset.shape != z.shape):
+        return False
+    if z.any() and add is not None and offset is not None:
+        store(model, add, 1, np.asarray(offset, np.float64) + z * factor, workspace)
+    store(model, node, 1 - other.index, np.asarray(factor, np.float64) * s, workspace)
+    return True
 
 
 def _become_output(model: ir.Model, old: ir.Value, new: ir.Value) -> None:

@@ -29,6 +29,12 @@ class Affine:
     low: int
     high: int
 
+    @property
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the largest real value, float32."""
+        lo, hi = (((code - self.zero_point) * self.scale).astype(np.float32) for code in (self.low, self.high))
+        return lo, hi
+
 
 def code_range(bits: int, symmetric: bool, signed: bool) -> tuple[int, int]:
     """Smallest and largest code. Symmetric ranges are restricted (-127..127 at 8 bits)."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qcompile.block.quantisers import START, WeightClip, fake_quantize, fake_quantize_per_token, round_through
+from qcompile.block.quantisers import REACH, START, WeightClip, fake_quantize, fake_quantize_per_token, round_through
 from qcompile.quant import numerics
 from qcompile.quant.schemes import WeightScheme
 
@@ -34,10 +34,9 @@ def weight(seed: int = 0) -> np.ndarray:
 
 
 def everything(clip: WeightClip) -> WeightClip:
-    """Without a clip: the sigmoids are exactly one."""
-    with torch.no_grad():
-        clip.low.fill_(40)
-        clip.high.fill_(40)
+    """Without a clip: the fractions are exactly one."""
+    ones = torch.ones_like(clip.low), torch.ones_like(clip.high)
+    clip.fractions = lambda: ones  # type: ignore[method-assign]
     return clip
 
 
@@ -73,15 +72,14 @@ def test_codes_are_what_was_learned(scheme: WeightScheme) -> None:
 
 def test_it_starts_as_omniquant_does_or_where_it_is_told() -> None:
     scheme = WeightScheme(bits=4, granularity="group", group_size=16, symmetric=False)
-    clip = WeightClip(40, 6, scheme)
-    assert clip.high.min().item() == START
-    assert clip.high.sigmoid().max().item() == pytest.approx(0.98201, abs=1e-5)
-    start = np.random.default_rng(0).uniform(0.3, 0.99, (2, 3, 6))
-    given = WeightClip(40, 6, scheme, start)
-    assert given.low.sigmoid()[:, 0].detach().numpy() == pytest.approx(start[0], rel=1e-6)
-    assert given.high.sigmoid()[:, 0].detach().numpy() == pytest.approx(start[1], rel=1e-6)
-    ends = WeightClip(40, 6, scheme, np.ones((2, 3, 6)))
-    assert 0.999 < ends.low.sigmoid().min().item() < 1
+    for fractions in WeightClip(40, 6, scheme).fractions():
+        assert fractions.detach().numpy() == pytest.approx(START, rel=1e-6)
+    assert pytest.approx(0.98201, abs=1e-4) == START
+    start = np.random.default_rng(0).uniform(0.3, 1.2, (2, 3, 6))
+    for fractions, wanted in zip(WeightClip(40, 6, scheme, start).fractions(), start, strict=True):
+        assert fractions[:, 0].detach().numpy() == pytest.approx(wanted, rel=1e-6)
+    far, _ = WeightClip(40, 6, scheme, np.full((2, 3, 6), 9.0)).fractions()
+    assert 0.999 * REACH < far.min().item() < REACH
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])

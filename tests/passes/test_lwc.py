@@ -7,11 +7,14 @@ import importlib.metadata
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from qcompile.block.quantisers import WeightClip
 from qcompile.errors import UserError
 from qcompile.graph.grids import grid_of
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
+from qcompile.quant.numerics import QuantizedWeight
 from tests.block.stacks import planted, samples
 from tests.passes.planted import bench
 from tests.passes.test_quantise import held, weights_of
@@ -22,7 +25,7 @@ EQUAL = 1e-3  # the loop's error and ONNX Runtime's, relative: roundings of acti
 @pytest.mark.parametrize(("name", "recipe"), [("llama", "w3a16_g32"), ("opt", "w4a8_static")])
 def test_each_block_gains_and_its_codes_reach_the_program(name: str, recipe: str) -> None:
     with bench(cached_export(name), recipe=recipe) as found:
-        entry = found.run("lwc{epochs=8 rate=0.05}")
+        entry = found.run("lwc{epochs=8 step_tokens=1 rate=0.05}")
         assert len(entry.sites) == 2
         for block in entry.sites:
             assert block["learned"] <= block["start"]
@@ -46,7 +49,7 @@ def test_what_the_loop_measures_is_what_onnxruntime_runs() -> None:
     targets = {"layers.0": "x1", "layers.1": "x2"}
     with bench(planted("x1 = Add (x0, b0)"), samples(), recipe="w3a16") as found:
         runs = list(found.ctx.runner.stream(found.model, found.ctx.samples, list(targets.values())))
-        entry = found.run("lwc{epochs=4 rate=0.05}")
+        entry = found.run("lwc{epochs=4 step_tokens=1 rate=0.05}")
     kept = {skip.site for skip in entry.skips}
     learned = [block for block in entry.sites if block["site"] not in kept]
     assert learned
@@ -58,8 +61,8 @@ def test_what_the_loop_measures_is_what_onnxruntime_runs() -> None:
 def test_a_rate_that_ruins_everything_leaves_no_block_worse() -> None:
     with bench(cached_export("opt"), recipe="w4a16") as found:
         before = {linear.name: np.array(linear.w) for linear in find_linears(found.model.graph)}
-        entry = found.run("lwc{epochs=2 rate=1e6}")
-        left = {skip.site for skip in entry.skips if "plain rounding is nearer" in skip.reason}
+        entry = found.run("lwc{epochs=2 step_tokens=1 rate=1e6}")
+        left = {skip.site for skip in entry.skips if "brings it no nearer" in skip.reason}
         assert all(block["error"] <= block["plain"] * (1 + 1e-6) for block in entry.sites)
         for linear in find_linears(found.model.graph):
             if any(linear.name.startswith(site) for site in left):
@@ -68,23 +71,20 @@ def test_a_rate_that_ruins_everything_leaves_no_block_worse() -> None:
 
 def test_clips_that_lose_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes that are all zero lose against plain rounding: the float weights come back, and the reason is told."""
-    from qcompile.block import clipping
+    codes = WeightClip.codes
 
-    learned = clipping.learn_clips
+    def ruined(clip: WeightClip, w: torch.Tensor) -> QuantizedWeight:
+        weight = codes(clip, w)
+        weight.codes[:] = 0
+        return weight
 
-    def ruined(*arguments: object) -> object:
-        outcome, codes = learned(*arguments)  # type: ignore[arg-type]
-        for weight in codes:
-            weight.codes[:] = 0
-        return outcome, codes
-
-    monkeypatch.setattr(clipping, "learn_clips", ruined)
+    monkeypatch.setattr(WeightClip, "codes", ruined)
     with bench(planted("x1 = Add (x0, b0)"), samples(), recipe="w4a16") as found:
         before = {linear.name: np.array(linear.w) for linear in find_linears(found.model.graph)}
-        entry = found.run("lwc{epochs=1}")
+        entry = found.run("lwc{epochs=1 step_tokens=1}")
         assert entry.rewrites == 0
         reasons = {skip.site: skip.reason for skip in entry.skips if skip.site.startswith("layers.")}
-        told = "plain rounding is nearer to the float model than learned clips"
+        told = "lwc brings it no nearer to the float model than it was"
         assert reasons == {"layers.0": told, "layers.1": told}
         for linear in find_linears(found.model.graph):
             np.testing.assert_array_equal(linear.w, before[linear.name])
@@ -93,7 +93,7 @@ def test_clips_that_lose_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_block_that_cannot_be_differentiated_is_named_and_the_rest_is_learned() -> None:
     model = planted("h0 = Hardmax (b0) x1 = Add (x0, h0)")
     with bench(model, samples(), recipe="w3a16") as found:
-        entry = found.run("lwc{epochs=2 rate=0.05}")
+        entry = found.run("lwc{epochs=2 step_tokens=1 rate=0.05}")
     (skip,) = (skip for skip in entry.skips if skip.site == "layers.0")
     assert skip.reason == "operator Hardmax cannot be learned through: it has no differentiable translation"
     assert skip.node == "layers.0: h0"
@@ -103,7 +103,7 @@ def test_a_block_that_cannot_be_differentiated_is_named_and_the_rest_is_learned(
 def test_the_same_seed_gives_the_same_codes() -> None:
     def codes(model: ir.Model) -> list[np.ndarray]:
         with bench(model, samples(), recipe="w3a16") as found:
-            found.run("lwc{epochs=2 rate=0.05}")
+            found.run("lwc{epochs=2 step_tokens=1 rate=0.05}")
             return [np.array(linear.w) for linear in find_linears(found.model.graph)]
 
     first, second = codes(planted("x1 = Add (x0, b0)")), codes(planted("x1 = Add (x0, b0)"))
