@@ -2,7 +2,8 @@
 
 A softmax does not change when one number is added to all scores of a query, and q (k - m) differs from q k by q m for
 every k alike. So keys may be stored without their mean m, which takes most of their range: rotary embeddings leave the
-channels of low frequency nearly constant, and some models have biases there.
+channels of low frequency nearly constant, and some models have biases there. The longer the text, the more of those
+channels turn: a mean over samples shorter than the text fits it less well.
 """
 
 from __future__ import annotations
