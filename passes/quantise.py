@@ -105,8 +105,8 @@ class Quantise(Pass):
                 linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
-        for name, scheme in choice.caches.items():
-            ctx.ledger.record(name, weights=None, activations=str(scheme))
+        for name, cached in choice.caches.items():
+            ctx.ledger.record(name, weights=None, activations=str(cached))
 
 
 def _record_exceptions(ctx: Context, draft: Draft) -> None:
