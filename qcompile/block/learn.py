@@ -22,6 +22,7 @@ from torch import Tensor
 from qcompile import progress
 
 RUNAWAY = 2.0  # an epoch that ends so many times worse than the start does not come back by itself
+JUDGED = 5  # times at least that the state is measured on all samples, after as many epochs each
 PATIENCE = 3  # times back to the best state; then the rate was not the reason
 
 Tensors = Mapping[str, Tensor]
@@ -64,7 +65,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Outcome:
-    """Relative squared errors before and after, and at the end of each epoch; notes: what went wrong on the way."""
+    """Relative squared errors before and after, and each time between that it was measured; notes: what went wrong."""
 
     start: float
     best: float
@@ -126,7 +127,8 @@ class _Loop:
         with progress.step(self._label, steps) as advance:
             for epoch in range(self._plan.epochs):
                 trouble = self._epoch(optimiser, epoch, order.permutation(len(self._examples)).tolist(), advance)
-                trouble = trouble or self._judge()
+                if (epoch + 1) % max(1, self._plan.epochs // JUDGED) == 0 or epoch + 1 == self._plan.epochs:
+                    trouble = trouble or self._judge()
                 if trouble:
                     returns += 1
                     self._go_back(epoch, trouble, last=returns == PATIENCE)

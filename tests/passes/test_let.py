@@ -115,7 +115,8 @@ def test_what_attention_reads_is_learned_where_it_is_quantised(name: str, kind: 
         entry = found.run(f"let{{epochs=8 step_tokens=1 rate=0.03 {others}}}")
         assert difference(before, found.outputs()) < SAME
         assert entry.rewrites
-        assert all(block["learned"] < block["start"] and block["error"] <= block["plain"] for block in entry.sites)
+        assert all(block["learned"] <= block["start"] and block["error"] <= block["plain"] for block in entry.sites)
+        assert any(block["learned"] < block["start"] and block["error"] < block["plain"] for block in entry.sites)
         changed = {n.rpartition(".")[2] for n, w in weights(found).items() if not np.array_equal(w, held[n])}
         assert changed == {"q_k": {"k_proj", "q_proj", "key", "query"}, "v_o": {"v_proj", "o_proj", "value", "dense"}}[
             kind
