@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
+import onnx
 import pytest
 
+import qcompile
 from qcompile.calibration.objective import Objective
 from qcompile.errors import UserError
 from qcompile.models.architectures import cached_export
@@ -69,3 +73,10 @@ def test_a_second_run_cuts_nothing_more() -> None:
 def test_a_share_outside_its_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"reach is 1\.5"):
         TokenClip(reach=1.5)
+
+
+def test_the_program_still_runs_on_integer_kernels() -> None:
+    with qcompile.compile(cached_export("llama"), recipe="w4a4", passes="token_clip{reach=0.8}") as compiled:
+        program = onnx.load(compiled.folder / "model.onnx", load_external_data=False)
+        kernels = collections.Counter(node.op_type for node in program.graph.node)
+        assert kernels["MatMulIntegerToFloat"] == 15 and kernels["MatMul"] == 0
