@@ -59,7 +59,7 @@ def recipes() -> None:
     from qcompile.recipe import RECIPES
 
     click.echo(columns(list(RECIPES.items())))
-    click.echo("any wXaY, wXaY_static or wXa16_gN with 2 to 8 bits")
+    click.echo("any wXaY, wXaY_static or wXa16_gN with 2 to 8 bits, also with kv8 or kv4 behind wXaY")
     click.echo('\nA .toml file has base = "NAME" and [[rule]] tables; the last rule that matches a place decides.')
     indented([(o.spelled, o.values, o.meaning) for o in rule_keys()])
     click.echo("\nObservers find static ranges.")

@@ -240,7 +240,7 @@ def test_passes_lists_options_with_defaults_values_and_meanings(
 def test_recipes_lists_the_keys_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert 'op = "linear" linear, head, embedding, attention the kind of operator' in lines
+    assert 'op = "linear" linear, head, embedding, attention, cache the kind of operator' in lines
     assert "weights.group_size whole number inputs in a group" in lines
     assert "minmax smallest and largest value seen" in lines
     assert all(key.meaning and key.values for key in tables.rule_keys())

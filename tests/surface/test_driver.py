@@ -56,7 +56,7 @@ def test_the_pipeline_adds_what_the_named_passes_need() -> None:
 @pytest.mark.parametrize(
     ("passes", "message", "hint"),
     [
-        ("quantise,os_plus{points=5}", "'os_plus' needs the float model, but 'quantise'", "os_plus{points=5},quantise"),
+        ("quantise,os_plus{points=7}", "'os_plus' needs the float model, but 'quantise'", "os_plus{points=7},quantise"),
         ("os_plus,quantise,outliers", "pass 'outliers' needs the float model, but 'quantise'", "outliers,quantise"),
         ("quantise,canonicalise", "'quantise' needs the canonical form, but 'canonicalise'", "canonicalise,quantise"),
         ("smoothquant,canonicalise", "pass 'smoothquant' needs the canonical form", "canonicalise,smoothquant"),
