@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -366,7 +365,6 @@ def _fact(entries: list[dict[str, Any]], key: str, default: Any) -> Any:
 
 def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
     """The packaged program, as a user would run it, against the model as it was captured."""
-    gc.collect()  # the session that inspected the kernels
     program = open_program(folder)
     results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
     return verify.compare(verify.original, results, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -215,7 +214,6 @@ class Verify:
                 paths[name] = ctx.workspace.root / f"outputs-{stem}-{index}-{number}.npy"
                 np.save(paths[name], array)
             kept.append(paths)
-        gc.collect()  # a session of onnxruntime sits in a reference cycle, and holds a copy of the weights
         return kept
 
     def _run(self, model: ir.Model, ctx: Context, stem: str, samples: Iterable[Any]) -> list[dict[str, Path]]:

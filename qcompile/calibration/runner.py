@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,7 +95,6 @@ class OrtRunner:
             yield run
         finally:
             held.clear()  # whoever still has ``run`` does not keep the session
-            gc.collect()  # onnxruntime's session sits in a reference cycle, and holds a copy of the weights
 
     def _snapshot(self, model: ir.Model, names: list[str]) -> Path:
         """Save ``model`` with the values ``names`` as its only outputs."""

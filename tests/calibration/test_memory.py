@@ -1,15 +1,17 @@
-"""Calibration is flat: 256 samples take no more memory than 32, whatever the observer."""
+"""Calibration is flat: 256 samples take no more memory than 32, whatever the observer, and no session stays behind."""
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qcompile.calibration import ranges
+from qcompile.calibration import ranges, runner
 from qcompile.calibration.observers import MinMax
 from qcompile.calibration.ranges import calibrate
 from qcompile.calibration.samples import Sample
@@ -75,3 +77,23 @@ def test_the_measure_sees_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench(normed(*outlier_norm()), inputs()) as found:
         few, many = (peak(found, count, SCHEMES["minmax"]) for count in (32, 256))
     assert many - few > 10 * FLAT
+
+
+def test_a_session_ends_with_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a copy of the weights; nothing waits for the garbage collector to free it."""
+    held: list[weakref.ref[Any]] = []
+    open_session = runner.open_session
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        session = open_session(*arguments, **named)
+        held.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(runner, "open_session", watched)
+    gc.disable()
+    try:
+        with bench(normed(*outlier_norm()), inputs()) as found:
+            assert found.outputs()
+        assert [session() for session in held] == [None]
+    finally:
+        gc.enable()
