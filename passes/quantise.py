@@ -23,8 +23,10 @@ import onnx_ir as ir
 
 from qcompile.calibration.draft import Choice, Draft
 from qcompile.calibration.metric import Metric
+from qcompile.calibration.samples import first_samples, shortened
 from qcompile.calibration.sensitivity import choose_alpha, hold_gate, likely_exceptions, rank
 from qcompile.calibration.trial import calibrate_draft
+from qcompile.graph.grids import forget_grids
 from qcompile.graph.provenance import original_name
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
@@ -32,6 +34,7 @@ from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.progress import warn
 from qcompile.recipe import Op, Rule
 
+EFFECT_SAMPLES, EFFECT_TOKENS = 8, 256  # what weights and activations do apart is told on so many
 NO_CACHE = "the graph has no key/value cache to quantise: none of its outputs is a past input with new tokens behind it"
 
 
@@ -71,6 +74,7 @@ class Quantise(Pass):
         choice, alpha = self._decide(ctx, draft)
         _record_exceptions(ctx, draft)
         self._record(ctx, draft, choice)
+        _record_effects(ctx, draft, choice, alpha)
         count = draft.apply(model, choice, alpha)
         ctx.ledger.current.facts["alpha"] = alpha
         return count
@@ -81,7 +85,7 @@ class Quantise(Pass):
             return draft.choice, self._alpha(ctx, draft, draft.choice)
         readers = draft.readers()
         gate = _last(ctx, self.gate_samples)
-        metric = Metric(ctx, draft.model, gate)
+        metric = Metric(ctx, ctx.exact or draft.model, gate)
         ranking = rank(ctx, draft, metric, gate)
         ctx.ledger.current.facts["sensitivity"] = [
             {"activation": name, "linears": readers.get(name, []), "damage": damage}
@@ -107,6 +111,27 @@ class Quantise(Pass):
             )  # fmt: skip
         for name, cached in choice.caches.items():
             ctx.ledger.record(name, weights=None, activations=str(cached))
+
+
+def _record_effects(ctx: Context, draft: Draft, choice: Choice, alpha: float) -> None:
+    """What rounded weights alone, rounded activations alone and both together do to the model's first output."""
+    if not (choice.weights and (choice.activations or choice.attention or choice.caches)):
+        return
+    exact = ctx.exact or draft.model
+    samples = list(first_samples(_last(ctx, EFFECT_SAMPLES), tokens=EFFECT_TOKENS))
+    metric = Metric(ctx, exact, [shortened(exact, sample, EFFECT_TOKENS) for sample in samples])
+    alone = {
+        "weights": Choice(choice.weights, {}, {}),
+        "activations": dataclasses.replace(choice, weights={}),
+        "both": choice,
+    }
+    found: dict[str, Any] = {"measure": "KL divergence, nats a token" if metric.is_perplexity else metric.name}
+    for what, part in alone.items():
+        model = draft.build(part, alpha)
+        if not part.weights:
+            forget_grids(model)
+        found[what] = float(f"{np.mean(metric.measure(model).divergences):.3g}")
+    ctx.ledger.current.facts["effects"] = found
 
 
 def _record_exceptions(ctx: Context, draft: Draft) -> None:

@@ -256,6 +256,8 @@ def run_pipeline(
     """Run the passes in order, each under the instruments and with its own entry in the ledger."""
     for one in pipeline:
         entry = ctx.ledger.open(one.name, one.spec, one.preserves)
+        if ctx.exact is None and one.preserves == "approximation":
+            ctx.exact = model.clone()
         for instrument in watch:
             instrument.before(model, one, ctx)
         with step(one.name):

@@ -90,7 +90,11 @@ class Target:
 
 @dataclasses.dataclass
 class Context:
-    """What the runner gives to a pass. ``resume``: the folder where a pass keeps what is done, to go on behind it."""
+    """What the runner gives to a pass.
+
+    resume: the folder where a pass keeps what is done, to go on behind it
+    exact: the model before the first pass that approximates; None until then
+    """
 
     workspace: Workspace
     ledger: Ledger
@@ -101,6 +105,7 @@ class Context:
     max_drop: float | None = None
     seed: int = 0
     resume: Path | None = None
+    exact: ir.Model | None = None
 
 
 class Pass(ir.passes.InPlacePass, abc.ABC):

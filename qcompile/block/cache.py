@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.grids import all_grids, remember_grid
+from qcompile.graph.grids import Grid, all_grids, remember_grid
 from qcompile.graph.workspace import Workspace
 from qcompile.manifest import versions
 from qcompile.quant.numerics import QuantizedWeight
@@ -127,15 +127,17 @@ class Cache:
         model.functions.update(held.functions)
         self._workspace.adopt(model)
         for name, file in self.state.grids.items():
-            remember_grid(model.graph.initializers[name], *_read_grid(self.folder / file), self._workspace)
+            weight, scheme, before = _read_grid(self.folder / file)
+            kept = self._workspace.tensor(before, name)
+            remember_grid(model.graph.initializers[name], weight, scheme, self._workspace, kept)
 
     def _keep_grids(self, model: ir.Model) -> dict[str, str]:
         """The file of each weight's codes, by the weight's name; files are named by what they hold."""
-        for value, weight, scheme in all_grids(model):
+        for value, grid in all_grids(model):
             name = str(value.name)
-            if name not in self._kept or self._kept[name][0] is not weight:
-                self._kept[name] = weight, _write_grid(self.folder, weight, scheme)
-        return {str(value.name): self._kept[str(value.name)][1] for value, _, _ in all_grids(model)}
+            if name not in self._kept or self._kept[name][0] is not grid.weight:
+                self._kept[name] = grid.weight, _write_grid(self.folder, grid)
+        return {str(value.name): self._kept[str(value.name)][1] for value, _ in all_grids(model)}
 
     def _in_workspace(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         return ir.ExternalTensor(
@@ -174,26 +176,30 @@ def _copy(source: Path, target: Path) -> None:
     os.replace(beside, target)
 
 
-def _write_grid(folder: Path, weight: QuantizedWeight, scheme: WeightScheme) -> str:
+def _write_grid(folder: Path, grid: Grid) -> str:
     """The name of the file that was written."""
-    about = json.dumps({"group_size": weight.group_size, "scheme": scheme.model_dump(mode="json")}, sort_keys=True)
+    weight, before = grid.weight, grid.before.numpy()
+    about = json.dumps({"group_size": weight.group_size, "scheme": grid.scheme.model_dump(mode="json")}, sort_keys=True)
     digest = hashlib.blake2b(about.encode(), digest_size=16)
-    for array in (weight.codes, weight.scale, weight.zero_point):
+    for array in (weight.codes, weight.scale, weight.zero_point, before):
         digest.update(np.ascontiguousarray(array).tobytes())
     name = f"{digest.hexdigest()}.npz"
     beside = folder / f".{name}"
     np.savez(
-        beside, about=np.array(about), codes=weight.codes, scale=weight.scale, zero_point=weight.zero_point
+        beside, about=np.array(about), before=before,
+        codes=weight.codes, scale=weight.scale, zero_point=weight.zero_point,
     )  # fmt: skip
     os.replace(beside, folder / name)
     return name
 
 
-def _read_grid(path: Path) -> tuple[QuantizedWeight, WeightScheme]:
+def _read_grid(path: Path) -> tuple[QuantizedWeight, WeightScheme, np.ndarray]:
+    """Codes, their format, and the weight that they stand for."""
     with np.load(path, allow_pickle=False) as held:
         about = json.loads(str(held["about"]))
         weight = QuantizedWeight(held["codes"], held["scale"], held["zero_point"], about["group_size"])
-    return weight, WeightScheme.model_validate(about["scheme"])
+        before = held["before"]
+    return weight, WeightScheme.model_validate(about["scheme"]), before
 
 
 def _slug(name: str) -> str:

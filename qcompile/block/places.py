@@ -36,7 +36,7 @@ def find_places(ctx: Context, step: Step, model: ir.Model, kinds: Collection[Kin
     """The sites of ``step``'s block in ``model``, a clone of the whole one; those it cannot use get a reason."""
     inside = {linear.name for linear in step.linears}
     made = {str(value.name) for node in step.block().graph for value in node.outputs}
-    solved = {id(value) for value, _, _ in all_grids(model)}
+    solved = {id(value) for value, _ in all_grids(model)}
     found = []
     for site in find_sites(model):
         if not any(linear.name in inside for linear in site.linears):

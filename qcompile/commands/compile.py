@@ -106,6 +106,10 @@ def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
     if worst:
         listed = [f"{x['site']} {decibels(x['sqnr_db'])}" for x in worst[:3]]
         rows.append(("worst layers", ", ".join(listed)))
+    effects = next((p["facts"]["effects"] for p in record["passes"] if "effects" in p["facts"]), None)
+    if effects is not None:
+        apart = ", ".join(f"{what} {effects[what]:g}" for what in ("weights", "activations", "both"))
+        rows.append(("error of", f"{apart} ({effects['measure']})"))
     left = sum(len(p["skips"]) for p in record["passes"])
     if left:
         rows.append(("left alone", f"{left} places; `qcompile explain {where}` says why"))

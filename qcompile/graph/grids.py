@@ -21,31 +21,57 @@ from qcompile.quant.schemes import WeightScheme
 _KEY = "qcompile.grid"
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Codes, their format, and the weight that they stand for, as it was."""
+
+    weight: QuantizedWeight
+    scheme: WeightScheme
+    before: ir.TensorProtocol
+
+
 def remember_grid(
-    value: ir.Value, weight: QuantizedWeight, scheme: WeightScheme, workspace: Workspace
+    value: ir.Value,
+    weight: QuantizedWeight,
+    scheme: WeightScheme,
+    workspace: Workspace,
+    before: ir.TensorProtocol | None = None,
 ) -> None:
-    """Give the initializer ``value`` (K, N) the values of ``weight``, and keep its codes in the workspace."""
+    """Give the initializer ``value`` (K, N) the values of ``weight``, and keep its codes in the workspace.
+
+    before: the float weight, where ``value`` does not hold it any more
+    """
+    held = before or value.const_value
+    assert held is not None
     codes = workspace.tensor(weight.codes, f"{value.name}.codes").numpy()
     replace_constant(value, weight.dequantized(), workspace)
-    value.meta[_KEY] = (dataclasses.replace(weight, codes=codes), scheme)
+    value.meta[_KEY] = Grid(dataclasses.replace(weight, codes=codes), scheme, held)
 
 
 def grid_of(value: ir.Value, scheme: WeightScheme) -> QuantizedWeight | None:
     """The codes of ``value``; None where it has none of ``scheme``, or was edited since."""
-    weight, known = value.meta.get(_KEY, (None, None))
-    if weight is None or not _same_format(known, scheme):
-        return None
-    held = constant_array(value)
-    if held is None or not np.array_equal(held, weight.dequantized()):
-        return None
-    return weight  # type: ignore[no-any-return]
+    found: Grid | None = value.meta.get(_KEY)
+    return found.weight if found is not None and _same_format(found.scheme, scheme) and _holds(value, found) else None
 
 
-def all_grids(model: ir.Model) -> Iterator[tuple[ir.Value, QuantizedWeight, WeightScheme]]:
+def all_grids(model: ir.Model) -> Iterator[tuple[ir.Value, Grid]]:
     """Every initializer that was given codes, with them; an edit since may have made them void."""
     for value in model.graph.initializers.values():
         if _KEY in value.meta:
-            yield value, *value.meta[_KEY]
+            yield value, value.meta[_KEY]
+
+
+def forget_grids(model: ir.Model) -> None:
+    """Give every initializer that still has the values of its codes the weight that they stand for."""
+    for value, grid in list(all_grids(model)):
+        if _holds(value, grid):
+            value.const_value = grid.before
+        del value.meta[_KEY]
+
+
+def _holds(value: ir.Value, grid: Grid) -> bool:
+    held = constant_array(value)
+    return held is not None and np.array_equal(held, grid.weight.dequantized())
 
 
 def _same_format(one: WeightScheme, other: WeightScheme) -> bool:

@@ -20,7 +20,7 @@ from qcompile.block.stream import reconstruct
 from qcompile.calibration.draft import Draft
 from qcompile.calibration.samples import Sample
 from qcompile.graph.edits import new_initializer, replace_constant
-from qcompile.graph.grids import grid_of, remember_grid
+from qcompile.graph.grids import forget_grids, grid_of, remember_grid
 from qcompile.graph.linears import Linear, find_linears
 from qcompile.ledger import Skip
 from qcompile.models.architectures import ARCHITECTURES, cached_export
@@ -279,13 +279,14 @@ def test_a_change_of_the_graph_inside_a_block_survives_a_kill(tmp_path: Path) ->
 
 def test_codes_that_were_chosen_survive_a_kill(tmp_path: Path) -> None:
     """The codes here are not what rounding gives, and rounding their values would choose other scales."""
-    scheme, chosen = WeightScheme(bits=4), {}
+    scheme, chosen, before = WeightScheme(bits=4), {}, {}
     with bench(cached_export("gpt2"), recipe="w4a16") as found:
         for step in reconstruct(found.ctx, found.model, LABEL, folder=tmp_path):
             if step.number == 2:
                 break
             for linear in step.linears:
-                rounded = quantize_weight(np.asarray(linear.w), scheme)
+                before[linear.name] = np.array(linear.w)
+                rounded = quantize_weight(before[linear.name], scheme)
                 chosen[linear.name] = dataclasses.replace(rounded, codes=rounded.codes // 2)
                 remember_grid(linear.weight, chosen[linear.name], scheme, found.ctx.workspace)
     with bench(cached_export("gpt2"), recipe="w4a16") as found:
@@ -295,6 +296,9 @@ def test_codes_that_were_chosen_survive_a_kill(tmp_path: Path) -> None:
             again = grid_of(weights[name], scheme)
             assert again is not None
             assert np.array_equal(again.codes, weight.codes)
+        forget_grids(found.model)
+        for linear in find_linears(found.model.graph):
+            assert linear.name not in before or np.array_equal(linear.w, before[linear.name])
 
 
 def doubled(found: Bench) -> None:

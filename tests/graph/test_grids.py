@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.graph.edits import replace_constant
-from qcompile.graph.grids import grid_of, remember_grid
+from qcompile.graph.grids import forget_grids, grid_of, remember_grid
 from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import QuantizedWeight, quantize_weight
 from qcompile.quant.schemes import WeightScheme
@@ -27,9 +27,13 @@ def workspace() -> Iterator[Workspace]:
         yield found
 
 
+def planted_weight() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((64, 80)).astype(np.float32)
+
+
 def planted(workspace: Workspace, scheme: WeightScheme) -> tuple[ir.Model, ir.Value, QuantizedWeight]:
     """A model with one weight (64, 80), its codes those of a solver: not what rounding again would give."""
-    w = np.random.default_rng(0).standard_normal((64, 80)).astype(np.float32)
+    w = planted_weight()
     value = ir.Value(name="w", const_value=ir.tensor(w, name="w"))
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}), ir_version=10)
     rounded = quantize_weight(w, scheme)
@@ -70,3 +74,18 @@ def test_an_edit_drops_it_and_leaves_the_clone_alone(workspace: Workspace) -> No
     assert grid_of(copy, SCHEMES[0]) is not None
     copy.const_value = ir.tensor(changed, name="w")
     assert grid_of(copy, SCHEMES[0]) is None
+
+
+def test_the_float_weights_come_back_but_not_over_an_edit(workspace: Workspace) -> None:
+    model, value, weight = planted(workspace, SCHEMES[0])
+    copy = model.clone()
+    forget_grids(copy)
+    restored = copy.graph.initializers["w"]
+    assert restored.const_value is not None
+    np.testing.assert_array_equal(restored.const_value.numpy(), planted_weight())
+    assert grid_of(restored, SCHEMES[0]) is None and grid_of(value, SCHEMES[0]) is not None
+    changed = weight.dequantized() + 1
+    replace_constant(value, changed, workspace)
+    forget_grids(model)
+    assert value.const_value is not None
+    np.testing.assert_array_equal(value.const_value.numpy(), changed)

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import qcompile
 from qcompile.calibration.draft import Draft
 from qcompile.calibration.samples import Sample
 from qcompile.errors import UserError
@@ -409,3 +410,20 @@ def test_a_draft_leaves_the_float_model_as_it_was() -> None:
         draft = Draft(found.model, found.ctx.recipe, found.ctx.workspace)
         assert len(weights_of(draft.build())) == 12 and str(found.model) == text
         assert not weights_of(found.model) and find_embeddings(found.model.graph)
+
+
+# --------------------------------------------------------------------------- what each half costs
+
+
+def test_the_effects_of_weights_and_activations_are_told_apart() -> None:
+    """Whoever chose the codes before, rounded activations alone meet the float weights."""
+    found = {}
+    for passes in ("", "rtn"):
+        with qcompile.compile(cached_export("gpt2"), recipe="w3a6", passes=passes) as compiled:
+            found[passes] = compiled.manifest["passes"][-2]["facts"]["effects"]
+    plain, solved = found[""], found["rtn"]
+    assert plain["measure"].startswith("KL")
+    assert solved["activations"] == plain["activations"] > 0
+    assert solved["weights"] > plain["activations"] and plain["both"] > plain["activations"]
+    with qcompile.compile(cached_export("gpt2"), recipe="w4a16", passes="") as compiled:
+        assert "effects" not in compiled.manifest["passes"][-2]["facts"]
