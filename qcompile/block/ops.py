@@ -210,6 +210,15 @@ def fake_quantize_per_token_symmetric(x: Tensor, *, levels: float) -> Tensor:
     return round_through(x / scale) * scale
 
 
+def clip_tokens(x: Tensor, *, reach: float) -> Tensor:
+    high, low = x.amax(-1, keepdim=True).clamp(min=0), x.amin(-1, keepdim=True).clamp(max=0)
+    return torch.minimum(torch.maximum(x, low * reach), high * reach)
+
+
+def rotate_blocks(x: Tensor, matrix: Tensor) -> Tensor:
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
 def _along(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
     """Scales or zero points broadcast over ``x``: one, one for each index of ``axis``, or one for each block of it."""
     if values.numel() == 1:
@@ -292,9 +301,9 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceMin": reduce_min, "ReduceSum": reduce_sum, "ReduceSumSquare": reduce_sum_square,
 }  # fmt: skip
 _OWN: dict[str, Callable[..., Any]] = {
-    "Attention": attention, "FakeQuantizePerToken": fake_quantize_per_token,
+    "Attention": attention, "ClipTokens": clip_tokens, "FakeQuantizePerToken": fake_quantize_per_token,
     "FakeQuantizePerTokenSymmetric": fake_quantize_per_token_symmetric, "GroupedAttention": grouped_attention,
-    "RMSNormalization": rms_norm, "RotaryEmbedding": rotary_embedding, "Silu": F.silu,
+    "RMSNormalization": rms_norm, "RotaryEmbedding": rotary_embedding, "RotateBlocks": rotate_blocks, "Silu": F.silu,
 }  # fmt: skip
 _SETTLED: dict[str, Op] = {
     "ArgMax": Op(arg_max, refuse=_attribute_is("select_last_index", 0)),

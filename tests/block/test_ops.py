@@ -199,6 +199,8 @@ HEADS = {"k": random(2, 2, 5, 4, seed=5), "v": random(2, 2, 5, 4, seed=6), "b": 
         ("RotaryEmbedding (x, c, s)", random(2, 2, 3, 4), {"c": random(3, 4, seed=5), "s": random(3, 4, seed=6)}),
         ("Attention <scale = 0.4> (x, k, v, b)", random(2, 2, 3, 4), HEADS),
         ("GroupedAttention <scale = 0.4, groups = 3> (x, k, v, b)", random(2, 6, 3, 4), HEADS),
+        ("ClipTokens <reach = 0.8> (x)", random(50, 40) * 9, {}),
+        ("RotateBlocks (x, matrix)", random(2, 3, 12), {"matrix": random(4, 4, seed=5)}),
         ("FakeQuantizePerToken <levels = 15.0> (x)", random(50, 40) * 9, {}),
         ("FakeQuantizePerToken <levels = 255.0> (x)", np.abs(random(50, 40)) + 1, {}),
         ("FakeQuantizePerTokenSymmetric <levels = 7.0> (x)", random(50, 40), {}),
