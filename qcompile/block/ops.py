@@ -216,7 +216,7 @@ def clip_tokens(x: Tensor, *, reach: float) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, matrix: Tensor) -> Tensor:
-    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+    return (x.reshape(*x.shape[:-1], -1, len(matrix)) @ matrix).reshape(x.shape)
 
 
 def _along(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:

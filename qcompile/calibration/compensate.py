@@ -1,6 +1,7 @@
 """Choose the codes of a weight so that the output of its linear, not the weight, stays near.
 
-minimise over codes:  tr((W - V)^T H (W - V)),  H = mean of t x x^T over tokens, V the values of the codes
+minimise over codes:  tr((W - V)^T H (W - V)),  H = mean of t x x^T over tokens, V the values of the codes; H and the
+                      fit of W to the float model's outputs are shrunk by what so few tokens leave unknown
 Every output column is a problem of its own, so each takes the best of several starts, rounding to nearest among them.
 Sources: GPTQ (arXiv 2210.17323); its equal without inverses, LDLQ of QuIP (arXiv 2307.13304); coordinate descent
 after it, QuantEase (arXiv 2309.01885); the float model's inputs as the target, GPTAQ (arXiv 2504.02692).
@@ -49,13 +50,13 @@ class Quadratic:
     """The objective of one input: damped H, and its factor for the feedback of rounding errors."""
 
     def __init__(self, moments: Moments, settings: Settings) -> None:
-        diagonal = np.diagonal(moments.h)
+        known, diagonal = moments.shrunk(), np.diagonal(moments.h)
         self.energy = diagonal.astype(np.float32)
         damping = settings.damping
         while True:
-            h = moments.h + np.diag(np.where(diagonal > 0, damping * diagonal.mean(), 1.0))
+            h = known + np.diag(np.where(diagonal > 0, damping * diagonal.mean(), 1.0))
             try:
-                self._refine = None if moments.cross is None else np.linalg.solve(h, moments.cross).astype(np.float32)
+                self._refine = _fit(h, moments)
                 self.order = np.argsort(-diagonal, kind="stable") if settings.order else np.arange(len(h))
                 self.feedback = _feedback(h[np.ix_(self.order, self.order)])
                 break
@@ -74,6 +75,27 @@ class Quadratic:
         """Of each column of an error (K, N): (N,)."""
         total: np.ndarray = (error * matmul(self.h, error)).sum(axis=0, dtype=np.float64)
         return total
+
+
+def _fit(h: np.ndarray, moments: Moments) -> np.ndarray | None:
+    """R (K, K) float32 such that x + x R is near x_float, or None where that is not known; ``h``: damped.
+
+    A fit to few tokens explains some of any noise. So each half of the sequences is fitted and the other half says how
+    much of that holds there: each column is shrunk to the share with the least error on the half it has not seen.
+    """
+    if moments.cross is None:
+        return None
+    cross, added = moments.cross, (h - moments.h) / 2
+    one = cross.half, cross.half_change
+    other = moments.h - cross.half, cross.change - cross.half_change
+    gained, spent = np.zeros(len(h)), np.full(len(h), TINY)
+    for (seen, change), (unseen, unseen_change) in ((one, other), (other, one)):
+        fit = np.linalg.solve(seen + added, change)
+        gained += np.einsum("ij,ij->j", fit, unseen_change)
+        spent += np.einsum("ij,ij->j", fit, unseen @ fit)
+    share = np.clip(gained / spent, 0, 1)
+    found: np.ndarray = (np.linalg.solve(h, cross.change) * share).astype(np.float32)
+    return found
 
 
 def _feedback(h: np.ndarray) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from qcompile.calibration.compensate import Quadratic, Settings, solve
-from qcompile.calibration.moments import Moments
+from qcompile.calibration.moments import Moments, gather
 from qcompile.quant.clips import Levels, search_clips
 from qcompile.quant.numerics import dequantize, quantize
 from qcompile.quant.schemes import WeightScheme
@@ -86,19 +88,56 @@ def test_columns_that_cannot_gain_stay_as_nearest() -> None:
     np.testing.assert_array_equal(solve(w, quadratic, PLAIN, ALONE).weight.codes, levels.nearest(w))
 
 
-def test_the_fit_to_the_float_model_makes_up_for_shrunken_inputs() -> None:
+def fitted(seen: Array, x: Array, w: Array, *, know: bool, sequences: int = 10) -> Array:
+    """The weight for inputs ``seen`` with 8 bits; ``know``: that they were ``x`` in the float model."""
+
+    def pieces(rows: Array) -> Iterator[Array]:
+        return iter(np.array_split(rows, sequences))
+
+    found = gather(lambda: pieces(seen), (lambda: pieces(x)) if know else None)
+    settings = Settings(damping=1e-4)
+    return solve(w, Quadratic(found, settings), WeightScheme(bits=8), settings).weight.dequantized()
+
+
+@pytest.mark.parametrize("sequences", [1, 10])
+def test_the_fit_to_the_float_model_makes_up_for_shrunken_inputs(sequences: int) -> None:
     """x is 0.8 of what it was in half of the channels: the weight grows for it."""
-    x = correlated()
-    factor = np.where(np.arange(96) % 2, 1.0, 0.8).astype(np.float32)
-    seen = x * factor
-    cross = (seen.T @ (x - seen) / len(x)).astype(np.float64)
-    w, scheme = weight(), WeightScheme(bits=8)
-    errors = []
-    for given in (Moments(moments(seen).h), Moments(moments(seen).h, cross)):
-        settings = Settings(damping=1e-4)
-        found = solve(w, Quadratic(given, settings), scheme, settings).weight.dequantized()
-        errors.append(np.square(seen @ found - x @ w).mean() / np.square(x @ w).mean())
+    x, w = correlated(tokens=2000), weight()
+    seen = x * np.where(np.arange(96) % 2, 1.0, 0.8).astype(np.float32)
+    errors = [
+        np.square(seen @ fitted(seen, x, w, know=know, sequences=sequences) - x @ w).mean() for know in (False, True)
+    ]
     assert errors[1] < 0.01 * errors[0]
+
+
+def test_a_fit_to_few_tokens_does_not_learn_their_noise() -> None:
+    """What the float model had is 0.8 of the input and noise: on new tokens no fit must do worse than none."""
+    w, everything = weight(), correlated(tokens=6000)
+    noise = 0.5 * np.random.default_rng(3).standard_normal(everything.shape).astype(np.float32)
+    new = everything[2000:]
+    for tokens, share in ((100, 1.0), (200, 1.0), (2000, 0.1)):
+        x = everything[:tokens]
+        weights = [fitted(x, 0.8 * x + noise[:tokens], w, know=know) for know in (False, True)]
+        errors = [np.square(new @ found - 0.8 * new @ w).mean() for found in weights]
+        assert errors[1] < share * errors[0]
+
+
+def one(x: Array) -> Iterator[Array]:
+    return iter([x])
+
+
+def test_few_tokens_correlate_by_chance() -> None:
+    """The more tokens there are, the more of what they have in common is believed."""
+    shares = []
+    for tokens in (60, 600, 6000):
+        x = np.random.default_rng(tokens).standard_normal((tokens, 96)).astype(np.float32)
+        found = gather(functools.partial(one, x))
+        inside, outside = (np.abs(h - np.diag(np.diagonal(h))).mean() for h in (found.shrunk(), found.h))
+        shares.append(inside / outside)
+    assert max(shares) < 0.1, "independent channels"
+    x = correlated(tokens=6000)
+    found = gather(functools.partial(one, x))
+    assert np.abs(found.shrunk() - found.h).max() < 0.02 * np.abs(found.h).max()
 
 
 def test_dead_inputs_and_a_singular_hessian() -> None:

@@ -100,7 +100,9 @@ def test_moments_are_the_mean_and_a_sink_token_does_not_own_them() -> None:
     weights = 1 / (squares + np.median(squares)) + 1 / squares.mean()
     np.testing.assert_allclose(found.h, (x.T * weights) @ x / 200, rtol=1e-4, atol=1e-6)
     assert found.cross is not None
-    np.testing.assert_allclose(found.cross, (x.T * weights) @ (other - x) / 200, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.cross.change, (x.T * weights) @ (other - x) / 200, rtol=1e-3, atol=1e-5)
+    kept = np.delete(np.arange(200), 50)  # the first and the third sequence
+    np.testing.assert_allclose(found.cross.half, (x.T * weights)[:, kept] @ x[kept] / 200, rtol=1e-4, atol=1e-6)
     sink = np.outer(x[0], x[0]) * weights[0] / 200
     assert 0.3 < np.trace(sink) / np.trace(found.h) < 0.8
     plain = gather(lambda: iter(parts[0]))
