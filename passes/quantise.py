@@ -28,6 +28,7 @@ from qcompile.calibration.sensitivity import choose_alpha, hold_gate, likely_exc
 from qcompile.calibration.trial import calibrate_draft
 from qcompile.graph.grids import forget_grids
 from qcompile.graph.provenance import original_name
+from qcompile.graph.qdq import open_clips
 from qcompile.graph.sites import find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
@@ -130,6 +131,8 @@ def _record_effects(ctx: Context, draft: Draft, choice: Choice, alpha: float) ->
         model = draft.build(part, alpha)
         if not part.weights:
             forget_grids(model)
+        if not part.activations:
+            open_clips(model)
         found[what] = float(f"{np.mean(metric.measure(model).divergences):.3g}")
     ctx.ledger.current.facts["effects"] = found
 

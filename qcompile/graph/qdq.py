@@ -17,7 +17,7 @@ import onnx_ir as ir
 from qcompile.graph.caches import Cache
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer
-from qcompile.graph.functions import DOMAIN, use
+from qcompile.graph.functions import DOMAIN, is_op, use
 from qcompile.graph.sites import Linear
 from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import Affine, QuantizedWeight
@@ -107,6 +107,13 @@ def clip_tokens(model: ir.Model, value: ir.Value, readers: Readers, reach: float
     result = _after(value, "ClipTokens", [value], attributes, f"{value.name}.cut", DOMAIN)
     result.type, result.shape = value.type, value.shape
     _redirect(readers, result)
+
+
+def open_clips(model: ir.Model) -> None:
+    """Let every ``clip_tokens`` of the model keep the whole range."""
+    for node in model.graph:
+        if is_op(node, "ClipTokens"):
+            node.attributes["reach"] = ir.AttrFloat32("reach", 1.0)
 
 
 def switch(

@@ -418,12 +418,15 @@ def test_a_draft_leaves_the_float_model_as_it_was() -> None:
 def test_the_effects_of_weights_and_activations_are_told_apart() -> None:
     """Whoever chose the codes before, rounded activations alone meet the float weights."""
     found = {}
-    for passes in ("", "rtn"):
-        with qcompile.compile(cached_export("gpt2"), recipe="w3a6", passes=passes) as compiled:
+    for passes in ("", "rtn", "token_clip{reach=0.7}"):
+        with qcompile.compile(cached_export("gpt2"), recipe="w3a5", passes=passes) as compiled:
             found[passes] = compiled.manifest["passes"][-2]["facts"]["effects"]
     plain, solved = found[""], found["rtn"]
     assert plain["measure"].startswith("KL")
     assert solved["activations"] == plain["activations"] > 0
     assert solved["weights"] > plain["activations"] and plain["both"] > plain["activations"]
+    cut = found["token_clip{reach=0.7}"]
+    assert cut["activations"] > plain["activations"]
+    assert cut["weights"] == pytest.approx(plain["weights"], rel=0.2), "their clips are for what is cut"
     with qcompile.compile(cached_export("gpt2"), recipe="w4a16", passes="") as compiled:
         assert "effects" not in compiled.manifest["passes"][-2]["facts"]
