@@ -3,6 +3,7 @@
 rewrite:  linear(x, W, b)  ->  linear(x, V, b), V the values of codes that quantise then writes as they are
           codes: the least |x W' - x V|^2 over the calibration's tokens, x what the linears before it, already
           quantised, leave of its input; W' = W, or the fit of x W' to the float model's x W
+          where there is a bias, x is taken about its mean, and the bias becomes b + mean(x_float) W - mean(x) V
           found row after row, then by sweeps that refit the scales and move one code at a time
 needs:    calibration samples; W constant and no embedding's table
 ensures:  no column has a larger error on its own objective than rounded to nearest with a searched clip; a token that
@@ -21,9 +22,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calibration.compensate import Quadratic, Settings, solve
-from qcompile.calibration.moments import Moments, gather
+from qcompile.calibration.moments import Means, Moments, gather
 from qcompile.calibration.solvable import hand_in, solvable
 from qcompile.calibration.stages import Stage, Stream, find_stages
+from qcompile.graph.edits import own_initializer
+from qcompile.graph.grids import correct
 from qcompile.graph.linears import Linear, find_linears
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
@@ -72,12 +75,15 @@ class Gptq(Pass):
                 own.advance()
                 if other is not None:
                     other.advance()
-                moments = gather(own.rows, None if other is None else other.rows)
+                alone = all(linear.bias is not None and readers[id(linear.weight)] == 1 for linear in stage.linears)
+                moments = gather(own.rows, None if other is None else other.rows, centred=alone)
                 ready = _ready(stage, moments, waiting, readers)
-                self._solve(ctx, ready, schemes)
+                self._solve(model, ctx, ready, schemes)
         return len({id(linear.weight) for linear, _ in found})
 
-    def _solve(self, ctx: Context, ready: list[tuple[Linear, Moments]], schemes: dict[str, WeightScheme]) -> None:
+    def _solve(
+        self, model: ir.Model, ctx: Context, ready: list[tuple[Linear, Moments]], schemes: dict[str, WeightScheme]
+    ) -> None:
         factors = tuple(1 - STEP * i for i in range(self.scales))
         settings = Settings(self.damping, self.act_order, factors, self.sweeps)
         held: dict[int, Quadratic] = {}  # siblings have the same inputs
@@ -87,7 +93,16 @@ class Gptq(Pass):
             scheme = schemes[linear.name]
             w = np.asarray(linear.w, np.float32)
             solved = solve(w, held[id(moments)], scheme, settings)
+            if moments.means is not None:
+                _correct(model, ctx, linear, moments.means, w, solved.weight.dequantized())
             hand_in(ctx, linear, solved.weight, scheme, solved.error_nearest, solved.error)
+
+
+def _correct(model: ir.Model, ctx: Context, linear: Linear, means: Means, w: np.ndarray, v: np.ndarray) -> None:
+    """Let the bias of ``linear`` take up what ``v`` for ``w``, and rounded inputs, do to its mean output."""
+    assert linear.add is not None and linear.bias is not None
+    bias = linear.bias + (means.x + means.change) @ w - means.x @ v
+    correct(own_initializer(model, linear.add, 1), np.asarray(bias, np.float32), ctx.workspace)
 
 
 def _readers(stages: list[Stage]) -> dict[int, int]:

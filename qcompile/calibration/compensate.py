@@ -83,18 +83,18 @@ def _fit(h: np.ndarray, moments: Moments) -> np.ndarray | None:
     A fit to few tokens explains some of any noise. So each half of the sequences is fitted and the other half says how
     much of that holds there: each column is shrunk to the share with the least error on the half it has not seen.
     """
-    if moments.cross is None:
+    if moments.all.change is None or moments.halves is None:
         return None
-    cross, added = moments.cross, (h - moments.h) / 2
-    one = cross.half, cross.half_change
-    other = moments.h - cross.half, cross.change - cross.half_change
+    one, other = moments.halves
+    added = (h - moments.h) / 2
     gained, spent = np.zeros(len(h)), np.full(len(h), TINY)
-    for (seen, change), (unseen, unseen_change) in ((one, other), (other, one)):
-        fit = np.linalg.solve(seen + added, change)
-        gained += np.einsum("ij,ij->j", fit, unseen_change)
-        spent += np.einsum("ij,ij->j", fit, unseen @ fit)
+    for seen, unseen in ((one, other), (other, one)):
+        assert seen.change is not None and unseen.change is not None
+        fit = np.linalg.solve(seen.h + added, seen.change)
+        gained += np.einsum("ij,ij->j", fit, unseen.change)
+        spent += np.einsum("ij,ij->j", fit, unseen.h @ fit)
     share = np.clip(gained / spent, 0, 1)
-    found: np.ndarray = (np.linalg.solve(h, cross.change) * share).astype(np.float32)
+    found: np.ndarray = (np.linalg.solve(h, moments.all.change) * share).astype(np.float32)
     return found
 
 

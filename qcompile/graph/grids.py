@@ -18,7 +18,7 @@ from qcompile.graph.workspace import Workspace
 from qcompile.quant.numerics import QuantizedWeight
 from qcompile.quant.schemes import WeightScheme
 
-_KEY = "qcompile.grid"
+_KEY, _CORRECTED = "qcompile.grid", "qcompile.corrected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,13 @@ def remember_grid(
     value.meta[_KEY] = Grid(dataclasses.replace(weight, codes=codes), scheme, held)
 
 
+def correct(value: ir.Value, array: np.ndarray, workspace: Workspace) -> None:
+    """Give the initializer ``value`` what makes up for rounded codes; ``forget_grids`` takes it back."""
+    before, _ = value.meta.get(_CORRECTED, (value.const_value, None))
+    replace_constant(value, array, workspace)
+    value.meta[_CORRECTED] = (before, array)
+
+
 def grid_of(value: ir.Value, scheme: WeightScheme) -> QuantizedWeight | None:
     """The codes of ``value``; None where it has none of ``scheme``, or was edited since."""
     found: Grid | None = value.meta.get(_KEY)
@@ -62,11 +69,17 @@ def all_grids(model: ir.Model) -> Iterator[tuple[ir.Value, Grid]]:
 
 
 def forget_grids(model: ir.Model) -> None:
-    """Give every initializer that still has the values of its codes the weight that they stand for."""
+    """Give every initializer that still has the values of its codes the weight that they stand for; and take back what
+    makes up for them."""
     for value, grid in list(all_grids(model)):
         if _holds(value, grid):
             value.const_value = grid.before
         del value.meta[_KEY]
+    for value in model.graph.initializers.values():
+        before, after = value.meta.pop(_CORRECTED, (None, None))
+        held = constant_array(value)
+        if before is not None and held is not None and np.array_equal(held, after):
+            value.const_value = before
 
 
 def _holds(value: ir.Value, grid: Grid) -> bool:

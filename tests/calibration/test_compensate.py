@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qcompile.calibration.compensate import Quadratic, Settings, solve
-from qcompile.calibration.moments import Moments, gather
+from qcompile.calibration.moments import Moments, Sums, gather
 from qcompile.quant.clips import Levels, search_clips
 from qcompile.quant.numerics import dequantize, quantize
 from qcompile.quant.schemes import WeightScheme
@@ -29,7 +29,7 @@ def correlated(k: int = 96, tokens: int = 400, seed: int = 0) -> Array:
 
 
 def moments(x: Array) -> Moments:
-    return Moments((x.T @ x / len(x)).astype(np.float64))
+    return Moments(Sums((x.T @ x / len(x)).astype(np.float64)))
 
 
 def weight(k: int = 96, n: int = 20) -> Array:
@@ -82,7 +82,7 @@ def test_no_column_is_worse_than_nearest_and_each_part_helps(scheme: WeightSchem
 
 def test_columns_that_cannot_gain_stay_as_nearest() -> None:
     """Inputs that do not correlate: rounding to nearest is the best, and what is found."""
-    quadratic = Quadratic(Moments(np.eye(64)), ALONE)
+    quadratic = Quadratic(Moments(Sums(np.eye(64))), ALONE)
     w = weight(64)
     levels = search_clips(w, PLAIN, None)
     np.testing.assert_array_equal(solve(w, quadratic, PLAIN, ALONE).weight.codes, levels.nearest(w))
@@ -152,7 +152,7 @@ def test_dead_inputs_and_a_singular_hessian() -> None:
 
 
 def test_nothing_in_nothing_out() -> None:
-    quadratic = Quadratic(Moments(np.zeros((8, 8))), Settings())
+    quadratic = Quadratic(Moments(Sums(np.zeros((8, 8)))), Settings())
     solved = solve(np.zeros((8, 3), np.float32), quadratic, PLAIN, Settings())
     assert not solved.weight.dequantized().any() and solved.error == 0
 

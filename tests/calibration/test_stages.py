@@ -99,13 +99,13 @@ def test_moments_are_the_mean_and_a_sink_token_does_not_own_them() -> None:
     squares = np.square(x, dtype=np.float64).sum(axis=1)
     weights = 1 / (squares + np.median(squares)) + 1 / squares.mean()
     np.testing.assert_allclose(found.h, (x.T * weights) @ x / 200, rtol=1e-4, atol=1e-6)
-    assert found.cross is not None
-    np.testing.assert_allclose(found.cross.change, (x.T * weights) @ (other - x) / 200, rtol=1e-3, atol=1e-5)
+    assert found.all.change is not None and found.halves is not None
+    np.testing.assert_allclose(found.all.change, (x.T * weights) @ (other - x) / 200, rtol=1e-3, atol=1e-5)
     kept = np.delete(np.arange(200), 50)  # the first and the third sequence
-    np.testing.assert_allclose(found.cross.half, (x.T * weights)[:, kept] @ x[kept] / 200, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.halves[0].h, (x.T * weights)[:, kept] @ x[kept] / 200, rtol=1e-4, atol=1e-6)
     sink = np.outer(x[0], x[0]) * weights[0] / 200
     assert 0.3 < np.trace(sink) / np.trace(found.h) < 0.8
     plain = gather(lambda: iter(parts[0]))
     both = plain + plain
     np.testing.assert_allclose(both.h, 2 * plain.h)
-    assert plain.cross is None and both.cross is None
+    assert plain.all.change is None and both.all.change is None
