@@ -1,6 +1,6 @@
 # make demo   compile a real model (MiniLM) to 8 bits and show the report
 # make test   run the tests (ARGS="-k name" chooses some)
-# make benchmarks DATA=DIR   measure the README's figures anew; DIR holds stsb/ and wikitext-2/, takes an hour
+# make benchmarks DATA=DIR   measure the README's figures anew; DIR holds stsb/ and wikitext-2/, takes some hours
 # make lint, make types, make wheel (builds it, and starts it with its base dependencies alone), make clean
 PYTHON ?= python3
 VENV   := .venv
@@ -25,6 +25,9 @@ DATA ?= data
 RESULTS := benchmarks/results
 MEASURE = $(BIN)/python -m benchmarks.$(1) --programs build/benchmarks --out $(RESULTS)/$(2)_$(1) \
 	--model $(2) --stsb $(DATA)/stsb --wikitext $(DATA)/wikitext-2
+LEARNED_MINILM := w4a4:none,w4a4:os_plus,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+rotate{online=1}+token_clip+gptq,w4a4:omniquant,w4a4_static:omniquant
+LEARNED_SMOLLM2 := w6a6:none,w6a6:rotate+gptq,w4a8:none,w4a8:rotate+gptq,w4a4:none,w4a4:rotate+token_clip+gptq,w4a4:rotate{online=1}+token_clip+gptq,w4a16:none,w4a16:awq,w4a16:gptq,w3a16_g128:none,w3a16_g128:gptq,w2a16_g64:none,w2a16_g64:gptq
+DECODED := w4a16_g32,w4a16_g32=cpu{accuracy_level=4},w4a16_g64=cpu{accuracy_level=4},w4a16kv8_g32=cpu{accuracy_level=4},w4a16kv4_g32=cpu{accuracy_level=4}
 benchmarks: $(VENV)/.dev
 	-$(PIP) onnxsim
 	test -d $(DATA)/stsb && test -d $(DATA)/wikitext-2
@@ -33,6 +36,9 @@ benchmarks: $(VENV)/.dev
 		--rows float,w8a8_static:os_plus,w8a8:os_plus,w6a6_static:os_plus,w4a4_static:os_plus
 	$(call MEASURE,accuracy,smollm2) --peers ort_dynamic,ort_static_matmul \
 		--rows float,w8a8:os_plus,w8a8_static:os_plus@0.03,w6a6:os_plus,w6a6_static:os_plus@0.15
+	$(call MEASURE,accuracy,minilm) --rows '$(LEARNED_MINILM)'
+	$(call MEASURE,accuracy,smollm2) --rows '$(LEARNED_SMOLLM2)'
+	$(call MEASURE,decode,smollm2) --rows '$(DECODED)'
 	$(call MEASURE,cost,minilm)
 	$(call MEASURE,speed,minilm)
 	$(call MEASURE,speed,smollm2)

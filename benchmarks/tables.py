@@ -87,9 +87,21 @@ def _exceptions(row: Row) -> str:
     """The linears that a gate kept in a higher precision, by that precision."""
     by_scheme: dict[str, list[str]] = defaultdict(list)
     for name, scheme in row["exceptions"].items():
-        by_scheme[scheme].append(f"`{name}`")
-    texts = [f"{scheme}: {', '.join(names)}" for scheme, names in by_scheme.items()]
+        by_scheme[scheme].append(name)
+    texts = [f"{scheme}: {', '.join(_by_layer(names))}" for scheme, names in by_scheme.items()]
     return f"Exceptions of {row['name']} ({row['calibration']}): {'; '.join(texts)}." if texts else ""
+
+
+def _by_layer(names: Sequence[str]) -> list[str]:
+    """``layers.1.down, layers.2.down`` -> ``layers.*.down`` of 1, 2: one entry for names that differ in one number."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if number is None:
+            found[name] = []
+        else:
+            found[f"{name[: number.start()]}*{name[number.end() :]}"].append(int(number[0]))
+    return [f"`{name}`" + (f" of {', '.join(map(str, sorted(held)))}" if held else "") for name, held in found.items()]
 
 
 def speed(result: Mapping[str, Any]) -> str:

@@ -103,13 +103,13 @@ def test_exceptions_and_failures_are_in_the_table(tmp_path: Path) -> None:
             "layer.0.gate": {"activations": "uint8 per_tensor asymmetric static mse", "low_bit": False},
             "lm_head": {"activations": "uint8 per_tensor asymmetric static mse", "low_bit": True},
         },
-        "gate": {"exceptions": {"v9": "per token"}, "linears": {"v9": ["layer.0.down"]}},
+        "gate": {"exceptions": {"v9": "per token"}, "linears": {"v9": ["layer.3.down", "layer.0.down", "head"]}},
     }
     results.add(measured("gated") | accuracy.linears(compiled, "lm_head"))
     results.add(measured("broken", error="it | fell", value=None))
     text = results.markdown()
     assert "| 1 / 3 |" in text
-    assert "Exceptions of gated (128 samples): per token: `layer.0.down`." in text
+    assert "Exceptions of gated (128 samples): per token: `layer.*.down` of 0, 3, `head`." in text
     assert r"no result: it \| fell" in text
 
 
