@@ -104,6 +104,7 @@ class Rotate(Pass):
         rotations = self._rotations([streams[number] for number in legal], ctx, model, samples)
         changed = model.clone()
         _turn_all(changed, legal, rotations, ctx)
+        ctx.workspace.let_go(model)
         before, after = trials.loss(model), trials.loss(changed)
         if not after < before:
             for stream in (streams[number] for number in legal):

@@ -36,12 +36,16 @@ class Trials:
 
     def loss(self, model: ir.Model) -> float:
         """Mean divergence of ``model``, quantised, from the float model: nats a token, or 1 - cosine."""
+        scaled = model
         if self._scales:
-            model = model.clone()
-            fold_scales(self._ctx, model, self._samples)
-        draft = Draft(model, self._ctx.recipe, self._ctx.workspace)
+            scaled = model.clone()
+            fold_scales(self._ctx, scaled, self._samples)
+            self._ctx.workspace.let_go(model)
+        draft = Draft(scaled, self._ctx.recipe, self._ctx.workspace)
         calibrate_draft(self._ctx, draft, self._samples)
-        return float(np.mean(self._metric.measure(draft.build()).divergences))
+        built = draft.build()
+        self._ctx.workspace.let_go(scaled)
+        return float(np.mean(self._metric.measure(built).divergences))
 
 
 def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> list[Site]:
