@@ -25,7 +25,7 @@ DATA ?= data
 RESULTS := benchmarks/results
 MEASURE = $(BIN)/python -m benchmarks.$(1) --programs build/benchmarks --out $(RESULTS)/$(2)_$(1) \
 	--model $(2) --stsb $(DATA)/stsb --wikitext $(DATA)/wikitext-2
-LEARNED_MINILM := w4a4:none,w4a4:os_plus,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+rotate{online=1}+token_clip+gptq,w4a4:omniquant,w4a4_static:omniquant
+LEARNED_MINILM := w4a4:none,w4a4:os_plus,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+let+rotate{online=1}+token_clip+gptq,w4a4:omniquant,w4a4_static:omniquant
 LEARNED_SMOLLM2 := w6a6:none,w6a6:rotate+gptq,w4a8:none,w4a8:rotate+gptq,w4a4:none,w4a4:rotate+token_clip+gptq,w4a4:rotate{online=1}+token_clip+gptq,w4a16:none,w4a16:awq,w4a16:gptq,w3a16_g128:none,w3a16_g128:gptq,w2a16_g64:none,w2a16_g64:gptq
 DECODED := w4a16_g32,w4a16_g32=cpu{accuracy_level=4},w4a16_g64=cpu{accuracy_level=4},w4a16kv8_g32=cpu{accuracy_level=4},w4a16kv4_g32=cpu{accuracy_level=4}
 benchmarks: $(VENV)/.dev
