@@ -26,13 +26,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Let(LearnedPass):
-    """Options:
+    """Options, besides those of every learned pass:
 
-    epochs: times that each block sees the samples
-    schedule: how the rates go on: constant, or cosine down to zero
-    clip_norm: largest norm of a step's gradient
-    tokens: how many to learn on, of the first calibration samples
-    step_tokens: a step takes samples until they have so many: weights are rounded once a step
     rate: learning rate of AdamW on the logarithms of scales
     start: what changes start from: a search, where no transform stands before this pass, or none
     norm: transform what norms feed

@@ -23,13 +23,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OmniQuant(LearnedPass):
-    """Options:
+    """Options, besides those of every learned pass:
 
-    epochs: times that each block sees the samples
-    schedule: how the rates go on: constant, or cosine down to zero
-    clip_norm: largest norm of a step's gradient
-    tokens: how many to learn on, of the first calibration samples
-    step_tokens: a step takes samples until they have so many: weights are rounded once a step
     let_rate: learning rate of AdamW on the logarithms of scales
     lwc_rate: learning rate of AdamW on the logits of the clips
     start: what changes start from: a search, where no transform stands before this pass, or none

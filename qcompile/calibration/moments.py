@@ -89,11 +89,12 @@ def gather(rows: Rows, reference: Rows | None = None, centred: bool = False) -> 
         pieces = 1 if len(squares) > 1 else 2  # of one sequence, its two halves
         targets = [None] * pieces if target is None else np.array_split(target, pieces)
         for piece, goal in zip(np.array_split(x, pieces), targets, strict=True):
-            weights = weigh(_squares(piece))
+            sizes = _squares(piece)
+            weights = weigh(sizes)
             found, held = _sums(piece, weights, goal, centred), halves[number % 2]
             halves[number % 2] = found if held is None else _added(held, found)
             alone = np.square(np.square(piece, dtype=np.float64)).sum(axis=1)
-            fourth += float((weights**2 * (_squares(piece) ** 2 - alone)).sum())
+            fourth += float((weights**2 * (sizes**2 - alone)).sum())
             tokens, number = tokens + len(piece), number + 1
     assert halves[0] is not None and halves[1] is not None
     return _moments((_divided(halves[0], tokens), _divided(halves[1], tokens)), tokens, fourth, centred)

@@ -67,14 +67,20 @@ def recipes() -> None:
 
 
 def pass_options(cls: Any) -> list[Option]:
-    """The options of a pass: its fields, with the lines ``name: meaning`` of its class's docstring."""
+    """The options of a pass: its fields, with the lines ``name: meaning`` of the docstrings of its class and bases."""
     if not dataclasses.is_dataclass(cls):
         return []
-    hints, meanings = typing.get_type_hints(cls), dict(_MEANING.findall(inspect.cleandoc(cls.__doc__ or "")))
+    hints, told = typing.get_type_hints(cls), [inspect.cleandoc(one.__doc__ or "") for one in _classes(cls)]
+    meanings = dict(_MEANING.findall("\n\n".join(told)))
     return [
         Option(f"{f.name}={_spelled(f.default)}", _values(hints[f.name]), meanings.get(f.name, ""))
         for f in dataclasses.fields(cls)
     ]
+
+
+def _classes(cls: Any) -> list[type]:
+    """``cls`` behind the classes that it is made of."""
+    return list(reversed(inspect.getmro(cls)))
 
 
 def rule_keys() -> list[Option]:

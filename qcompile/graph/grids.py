@@ -41,7 +41,7 @@ def remember_grid(
 
     before: the float weight, where ``value`` does not hold it any more
     """
-    held = before or value.const_value
+    held = before if before is not None else value.const_value
     assert held is not None
     codes = workspace.tensor(weight.codes, f"{value.name}.codes").numpy()
     replace_constant(value, weight.dequantized(), workspace)
