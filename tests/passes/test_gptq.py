@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.calibration.draft import Draft
-from qcompile.calibration.samples import Sample
+from qcompile.calibration.samples import Sample, load_samples
 from qcompile.errors import UserError
 from qcompile.graph.grids import forget_grids, grid_of
 from qcompile.graph.linears import find_linears
@@ -81,11 +81,12 @@ def every(recipe: Recipe) -> Rule:
 def test_no_linear_is_worse_than_rounded_and_each_has_a_line(name: str) -> None:
     with bench(cached_export(name)) as found:
         found.ctx.recipe = load("w3a16_g32")
+        found.ctx.samples = list(load_samples(found.model, None, None, max_samples=64, max_length=16))
         entry = found.run("gptq")
         assert len(entry.sites) + len(entry.skips) == len(find_linears(found.model.graph))
         assert entry.rewrites == len(entry.sites) >= 8
         assert all(0 <= site["error_after"] <= site["error_before"] for site in entry.sites)
-        assert sum(s["error_after"] for s in entry.sites) < 0.98 * sum(s["error_before"] for s in entry.sites)
+        assert sum(s["error_after"] for s in entry.sites) < 0.82 * sum(s["error_before"] for s in entry.sites)
 
 
 def shared(readers: int, gathered: bool = False) -> ir.Model:

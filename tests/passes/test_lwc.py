@@ -11,13 +11,12 @@ import torch
 
 from qcompile.block.quantisers import WeightClip
 from qcompile.errors import UserError
-from qcompile.graph.grids import grid_of
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
 from qcompile.quant.numerics import QuantizedWeight
 from tests.block.stacks import planted, samples
 from tests.passes.planted import bench
-from tests.passes.test_quantise import held, weights_of
+from tests.passes.test_quantise import check_codes_reach_the_program
 
 EQUAL = 1e-3  # the loop's error and ONNX Runtime's, relative: roundings of activations flip; measured: at most 1e-4
 
@@ -34,14 +33,7 @@ def test_each_block_gains_and_its_codes_reach_the_program(name: str, recipe: str
         assert sum(b["learned"] for b in entry.sites) < 0.95 * sum(b["start"] for b in entry.sites)
         linears = [linear for linear in find_linears(found.model.graph) if not linear.is_head]
         assert entry.rewrites == len(linears) >= 12
-        scheme = found.ctx.recipe.for_linear(linears[0])
-        assert scheme is not None and scheme.weights is not None
-        grids = {linear.name: grid_of(linear.weight, scheme.weights) for linear in linears}
-        found.run("quantise")
-        nodes = weights_of(found.model)
-        for layer, grid in grids.items():
-            assert grid is not None
-            np.testing.assert_array_equal(held(nodes[layer], 0), grid.codes)
+        check_codes_reach_the_program(found, linears)
 
 
 def test_what_the_loop_measures_is_what_onnxruntime_runs() -> None:

@@ -10,12 +10,11 @@ import pytest
 from qcompile import backends
 from qcompile.block import learned
 from qcompile.driver import expand
-from qcompile.graph.grids import grid_of
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
 from qcompile.recipe import by_name
 from tests.passes.planted import bench
-from tests.passes.test_quantise import held, weights_of
+from tests.passes.test_quantise import check_codes_reach_the_program
 
 
 def test_codes_reach_the_program() -> None:
@@ -24,14 +23,7 @@ def test_codes_reach_the_program() -> None:
         assert all(block["error"] < block["plain"] and block["places"] == 3 for block in entry.sites)
         linears = [linear for linear in find_linears(found.model.graph) if linear.name.startswith("encoder.layer")]
         assert entry.rewrites == len(linears) + 6
-        scheme = found.ctx.recipe.for_linear(linears[0])
-        assert scheme is not None and scheme.weights is not None
-        grids = {linear.name: grid_of(linear.weight, scheme.weights) for linear in linears}
-        found.run("quantise")
-        nodes = weights_of(found.model)
-        for layer, grid in grids.items():
-            assert grid is not None
-            np.testing.assert_array_equal(held(nodes[layer], 0), grid.codes)
+        check_codes_reach_the_program(found, linears)
 
 
 def test_together_they_gain_more_than_either() -> None:

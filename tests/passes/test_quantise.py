@@ -18,7 +18,8 @@ from qcompile.calibration.draft import Draft
 from qcompile.calibration.samples import Sample
 from qcompile.errors import UserError
 from qcompile.graph.edits import constant_array
-from qcompile.graph.linears import find_embeddings, find_linears
+from qcompile.graph.grids import grid_of
+from qcompile.graph.linears import Linear, find_embeddings, find_linears
 from qcompile.graph.provenance import remember
 from qcompile.ledger import Entry
 from qcompile.models.architectures import cached_export
@@ -57,6 +58,20 @@ def weights_of(model: ir.Model) -> dict[str, ir.Node]:
     """The DequantizeLinear of every weight, by the name of its layer."""
     found = (node for node in operators(model, "DequantizeLinear") if constant_array(node.inputs[0]) is not None)
     return {str(node.inputs[0].name).removesuffix(".weight_codes"): node for node in found if node.inputs[0]}
+
+
+def check_codes_reach_the_program(found: Bench, linears: Sequence[Linear]) -> None:
+    """What ``quantise`` writes for ``linears`` are the codes that a pass has chosen."""
+    grids = {}
+    for linear in linears:
+        rule = found.ctx.recipe.for_linear(linear)
+        assert rule is not None and rule.weights is not None
+        grids[linear.name] = grid_of(linear.weight, rule.weights)
+    found.run("quantise")
+    nodes = weights_of(found.model)
+    for layer, grid in grids.items():
+        assert grid is not None
+        np.testing.assert_array_equal(held(nodes[layer], 0), grid.codes)
 
 
 def activations_of(model: ir.Model) -> dict[str, ir.Node]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompile.graph.grids import grid_of
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
 from qcompile.quant.schemes import WeightScheme
 from qcompile.recipe import load
 from tests.passes.planted import bench, inputs
 from tests.passes.test_gptq import shared, with_scheme
-from tests.passes.test_quantise import held, weights_of
+from tests.passes.test_quantise import check_codes_reach_the_program
 
 
 @pytest.mark.parametrize("name", ("bert", "llama"))
@@ -23,14 +22,7 @@ def test_each_linear_gains_and_its_codes_reach_the_program(name: str, recipe: st
         entry = found.run("rtn")
         assert entry.rewrites == len(entry.sites) >= 7
         assert all(site["error_after"] < site["error_before"] for site in entry.sites if "int8" not in site["weights"])
-        rule = found.ctx.recipe.rule("linear", "any")
-        assert rule is not None and rule.weights is not None
-        grids = {x.name: grid_of(x.weight, rule.weights) for x in find_linears(found.model.graph) if not x.is_head}
-        found.run("quantise")
-        nodes = weights_of(found.model)
-        for layer, grid in grids.items():
-            assert grid is not None
-            np.testing.assert_array_equal(held(nodes[layer], 0), grid.codes)
+        check_codes_reach_the_program(found, [x for x in find_linears(found.model.graph) if not x.is_head])
 
 
 def test_the_energy_of_the_inputs_decides_what_is_cut() -> None:
