@@ -30,12 +30,6 @@ class Sums:
         known = self.change is not None and other.change is not None
         return Sums(self.h + other.h, self.change + other.change if known else None)  # type: ignore[operator]
 
-    def centred(self) -> Sums:
-        """Of (x, 1): those of x about its mean."""
-        share = self.h[:-1, -1:] / max(self.h[-1, -1], TINY)
-        change = None if self.change is None else self.change[:-1, :-1] - share * self.change[-1:, :-1]
-        return Sums(self.h[:-1, :-1] - share * self.h[-1:, :-1], change)
-
 
 @dataclasses.dataclass(frozen=True)
 class Means:
@@ -83,29 +77,44 @@ def gather(rows: Rows, reference: Rows | None = None, centred: bool = False) -> 
     """
     squares = [_squares(x) for x in rows()]
     weigh = _weights(np.concatenate(squares))
+    means = _means(rows, reference, weigh) if centred else None
     halves: list[Sums | None] = [None, None]
     tokens, fourth, number = 0, 0.0, 0
-    for x, target in zip(rows(), reference() if reference is not None else (None for _ in squares), strict=True):
+    for x, change in _changes(rows, reference):
+        weights = weigh(_squares(x))
+        if means is not None:
+            x, change = x - means.x, None if change is None else change - means.change
         pieces = 1 if len(squares) > 1 else 2  # of one sequence, its two halves
-        targets = [None] * pieces if target is None else np.array_split(target, pieces)
-        for piece, goal in zip(np.array_split(x, pieces), targets, strict=True):
-            sizes = _squares(piece)
-            weights = weigh(sizes)
-            found, held = _sums(piece, weights, goal, centred), halves[number % 2]
+        changes = [None] * pieces if change is None else np.array_split(change, pieces)
+        for piece, t, changed in zip(np.array_split(x, pieces), np.array_split(weights, pieces), changes, strict=True):
+            found, held = _sums(piece, t, changed), halves[number % 2]
             halves[number % 2] = found if held is None else _added(held, found)
             alone = np.square(np.square(piece, dtype=np.float64)).sum(axis=1)
-            fourth += float((weights**2 * (sizes**2 - alone)).sum())
+            fourth += float((t**2 * (_squares(piece) ** 2 - alone)).sum())
             tokens, number = tokens + len(piece), number + 1
     assert halves[0] is not None and halves[1] is not None
-    return _moments((_divided(halves[0], tokens), _divided(halves[1], tokens)), tokens, fourth, centred)
+    return _moments((_divided(halves[0], tokens), _divided(halves[1], tokens)), tokens, fourth, means)
 
 
-def _sums(x: np.ndarray, weights: np.ndarray, target: np.ndarray | None, ones: bool) -> Sums:
-    """``ones``: of (x, 1)."""
-    change = None if target is None else target - x
-    if ones:
-        x = np.concatenate([x, np.ones_like(x[:, :1])], axis=1)
-        change = None if change is None else np.concatenate([change, np.zeros_like(x[:, :1])], axis=1)
+def _changes(rows: Rows, reference: Rows | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Each sequence's x, and its x_float - x where there is a reference."""
+    if reference is None:
+        yield from ((x, None) for x in rows())
+    else:
+        yield from ((x, target - x) for x, target in zip(rows(), reference(), strict=True))
+
+
+def _means(rows: Rows, reference: Rows | None, weigh: Callable[[np.ndarray], np.ndarray]) -> Means:
+    total, sums = TINY, None
+    for x, change in _changes(rows, reference):
+        weights = weigh(_squares(x))
+        found = np.stack([weights @ x, weights @ change if change is not None else np.zeros(x.shape[1])])
+        total, sums = total + float(weights.sum()), found if sums is None else sums + found
+    assert sums is not None
+    return Means(*(sums / total).astype(np.float32))
+
+
+def _sums(x: np.ndarray, weights: np.ndarray, change: np.ndarray | None) -> Sums:
     weighted = np.ascontiguousarray((x * weights[:, None]).T, np.float32)
     return Sums(_wide(matmul(weighted, x)), None if change is None else _wide(matmul(weighted, change)))
 
@@ -126,16 +135,10 @@ def _divided(sums: Sums, tokens: int) -> Sums:
     return Sums((sums.h + sums.h.T) / (2 * tokens), None if sums.change is None else sums.change / tokens)
 
 
-def _moments(halves: tuple[Sums, Sums], tokens: int, fourth: float, centred: bool) -> Moments:
-    found, means = halves[0] + halves[1], None
-    if centred:
-        total = max(found.h[-1, -1], TINY)
-        x = found.h[-1, :-1] / total
-        means = Means(x, np.zeros_like(x) if found.change is None else found.change[-1, :-1] / total)
-        found, halves = found.centred(), (halves[0].centred(), halves[1].centred())
+def _moments(halves: tuple[Sums, Sums], tokens: int, fourth: float, means: Means | None) -> Moments:
+    found = halves[0] + halves[1]
     beside = float(np.square(found.h).sum() - np.square(np.diagonal(found.h)).sum())
-    spread = max(fourth / tokens - beside, 0.0) / tokens
-    return Moments(found, halves, spread, means)
+    return Moments(found, halves, max(fourth / tokens - beside, 0.0) / tokens, means)
 
 
 def _squares(x: np.ndarray) -> np.ndarray:
