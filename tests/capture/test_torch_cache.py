@@ -14,7 +14,7 @@ from qcompile.generation import Decoder
 from qcompile.models.architectures import ARCHITECTURES, LAYERS, VOCAB, cached_export
 from tests.text import logits
 
-DECODERS = ("llama", "qwen2", "gpt2", "opt", "bloom")
+DECODERS = ("llama", "qwen2", "qwen3", "gemma", "phi", "gpt2", "opt", "bloom", "falcon", "mixtral")
 
 
 @pytest.mark.parametrize("name", DECODERS)
