@@ -184,7 +184,8 @@ def softmax_weights(scores: ArrayLike, mask: Array, period: ArrayLike, lift: int
 
     |scores| <= 2^29; mask broadcasts, True attends; ``period`` int32 in 2^13..2^16 - 1, scalar or (..., 1), is
     ln 2 in units of scores * lift, 1 <= lift <= 2^19. Weights are int32 in 0..2^bits - 1, the row's largest is
-    2^bits - 1. exp is right to 2^-11.5 and half a weight. A row that attends to nothing has weights 0, total 1.
+    2^bits - 1. exp is right to 0.0007 and half a weight; with 8 bits what lies below 1/510 of the row's largest is
+    lost, which rows of many small weights feel. A row that attends to nothing has weights 0, total 1.
     """
     table = halvings(bits)
     held = np.where(mask, _int64(scores), -(2**30))
@@ -244,9 +245,11 @@ _GATES: dict[str, Callable[[Array], Array]] = {
 
 
 def gate_table(name: str) -> Array:
-    """sigmoid, tanh of half, or the gates of GELU, in Q15, on -11..11 in steps of 1/1024; int32."""
+    """sigmoid, tanh of half, or the gates of GELU, in Q15, on -11..11 in steps of 1/1024; the ends are exact; int32."""
     grid = np.arange(-GATE_REACH * GATE_STEPS, GATE_REACH * GATE_STEPS + 1) / GATE_STEPS
-    return np.rint(_GATES[name](grid) * 2**15).astype(np.int32)
+    table = np.rint(_GATES[name](grid) * 2**15).astype(np.int32)
+    table[0], table[-1] = -(2**15) if name == "tanh" else 0, 2**15
+    return table
 
 
 def gate(name: str, x: ArrayLike, unit: int) -> Array:
