@@ -195,14 +195,14 @@ def activation_cases() -> list[Case]:
     return [
         Case("sigmoid", "DI-SwiGLU: row's largest, 8 bits in, no guard bits", lambda: shift_sigmoid(real),
              lambda: sigma),
-        Case("sigmoid", "ours", lambda: integer.gate("sigmoid", x, UNIT) / 2.0**15, lambda: sigma, {"x": x},
+        Case("sigmoid", "ours", lambda: integer.sigmoid(x, UNIT) / 2.0**15, lambda: sigma, {"x": x},
              f"y = qcompile.IntegerSigmoid <unit = {UNIT}> (x)", floats, "y = Sigmoid (x)"),
         Case("tanh", "ours", lambda: integer.tanh(x, UNIT) / 2.0**15, lambda: np.tanh(real), {"x": x},
              f"y = qcompile.IntegerTanh <unit = {UNIT}> (x)", floats, "y = Tanh (x)"),
-        Case("SiLU", "ours", lambda: integer.gated("sigmoid", x, UNIT) / UNIT, lambda: real * sigma, {"x": x},
+        Case("SiLU", "ours", lambda: integer.activation("silu", x, UNIT) / UNIT, lambda: real * sigma, {"x": x},
              f"y = qcompile.IntegerSilu <unit = {UNIT}> (x)", floats, "gate = Sigmoid (x)\n y = Mul (x, gate)"),
         Case("GELU", "x * sigmoid(1.702 x)", lambda: real / (1 + np.exp(-1.702 * real)), lambda: erf),
-        Case("GELU", "ours", lambda: integer.gated("gelu", x, UNIT) / UNIT, lambda: erf, {"x": x},
+        Case("GELU", "ours", lambda: integer.activation("gelu", x, UNIT) / UNIT, lambda: erf, {"x": x},
              f"y = qcompile.IntegerGelu <unit = {UNIT}> (x)", floats, "y = Gelu (x)"),
     ]  # fmt: skip
 
@@ -280,8 +280,10 @@ def runner(body: str, feeds: Feeds) -> Callable[[], Any]:
     ends = ", ".join(
         f"{_KINDS[x.dtype.name]}[{', '.join(f'{name}{i}' for i in range(x.ndim))}] {name}" for name, x in feeds.items()
     )
-    nodes = onnx.parser.parse_function(f'<domain: "t", opset_import: ["" : 21, "{DOMAIN}" : 1]>\n'
-                                       f"body ({', '.join(feeds)}) => ({_last(body)}) {{ {body} }}").node
+    nodes = onnx.parser.parse_function(
+        f'<domain: "t", opset_import: ["" : 21, "{DOMAIN}" : 1]>\n'
+        f"body ({', '.join(feeds)}) => ({_last(body)}) {{ {body} }}"
+    ).node
     header = f'<ir_version: 10, opset_import: ["" : 21, "{DOMAIN}" : 1]>\n'
     proto = onnx.parser.parse_model(f"{header} g ({ends}) => () {{ }}")
     proto.graph.node.extend(nodes)

@@ -8,14 +8,23 @@ GatherElements on flat tensors costs three.
 
 from __future__ import annotations
 
-import functools
 import re
 import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qcompile.quant.integer import ATTENTION_FRACTION, GATE_REACH, GATE_STEPS, OCTAVE, gate_table, halvings
+from qcompile.quant.integer import (
+    ATTENTION_FRACTION,
+    DENT_FRACTION,
+    DENT_STEPS,
+    OCTAVE,
+    REACH,
+    SIGMOID_STEPS,
+    dent_table,
+    halvings,
+    sigmoid_table,
+)
 
 
 def _list(values: Sequence[int] | np.ndarray, kind: str = "int32") -> str:
@@ -297,8 +306,9 @@ def _softmax_index(bits: int) -> str:
     cap, count = (bits + 1) * 2**16 - 1, (bits + 1) * OCTAVE
     return f"""
         {_attribute("lift")}{_LAST}{_FLAT}
-        {_constants(zero=0, one=1, nowhere=-(2**30), lowest=-(2**29), octave=OCTAVE, reach=cap, end=count, shortest=2**13)}
-        held = Where (mask, scores, nowhere)
+        {_constants(zero=0, one=1, nowhere=-(2**30), anything=2**30, lowest=-(2**29), octave=OCTAVE, reach=cap, end=count, shortest=2**13)}
+        allowed = Where (mask, anything, nowhere)
+        held = Min (scores, allowed)
         peak = ReduceMax <keepdims = 1> (held, last)
         top = Max (peak, lowest)
         far = Add (reach, lift)
@@ -396,11 +406,11 @@ _ROTARY = f"""IntegerRotaryEmbedding (x, cos, sin) => (y) {{
     }}"""
 
 
-def _gate(name: str, table: str, halved: bool = False) -> str:
-    """The nearest entry of a table of gates: Q15."""
+def _sigmoid(name: str, table: str, halved: bool = False) -> str:
+    """The nearest entry of a table of ``sigmoid_table``: Q15."""
     unit = "\n        narrow = Div (unit, two)" if halved else "\n        narrow = Identity (unit)"
     return f"""{name} <unit> (x) => (y) {{
-        {_attribute("unit")}{_FLAT}{_constants(two=2, reach=GATE_REACH, steps=GATE_STEPS)}
+        {_attribute("unit")}{_FLAT}{_constants(two=2, reach=REACH, steps=SIGMOID_STEPS)}
         table = Constant <value = ${table}> (){unit}
         step = Div (narrow, steps)
         limit = Mul (narrow, reach)
@@ -412,36 +422,37 @@ def _gate(name: str, table: str, halved: bool = False) -> str:
     }}"""
 
 
-# x * gate, gate in Q15; on the grid of x
-_APPLY_GATE = f"""ApplyGate (x, gate) => (y) {{
-        {_constants(zero=0, lift=2**29, part=2**15, rest=2**15 - 1, start=2**14)}
-        positive = Add (x, lift)
-        top = Div (positive, part)
-        whole = Mul (top, part)
-        remainder = Sub (positive, whole){_held("bottom", "remainder", "zero", "rest")}
-        steps = Sub (top, start)
-        a = Mul (steps, gate)
-        b = Mul (bottom, gate)
-        rounding = Add (b, start)
-        carried = Div (rounding, part)
-        y = Add (a, carried)
-    }}"""
-
-
-def _gated(name: str, gate: str) -> str:
+def _activation(name: str, table: str) -> str:
+    """max(x, 0) less the nearest entry of a table of ``dent_table``; on the grid of x."""
     return f"""{name} <unit> (x) => (y) {{
-        gate = qcompile.{gate} <unit: int = @unit> (x)
-        y = qcompile.ApplyGate (x, gate)
+        {_attribute("unit")}{_FLAT}
+        {_constants(zero=0, one=1, two=2, reach=REACH, steps=DENT_STEPS, fraction=2**DENT_FRACTION)}
+        table = Constant <value = ${table}> ()
+        step = Div (unit, steps)
+        limit = Mul (unit, reach)
+        half = Div (step, two)
+        size = Abs (x){_held("held", "size", "zero", "limit")}
+        moved = Add (held, half)
+        index = Div (moved, step){_looked_up("dent", "table", "index", "x")}
+        more = Div (unit, fraction)
+        up = Max (more, one)
+        less = Div (fraction, unit)
+        down = Max (less, one)
+        half_down = Div (down, two)
+        scaled = Mul (dent, up)
+        rounding = Add (scaled, half_down)
+        depth = Div (rounding, down)
+        positive = Max (x, zero)
+        y = Sub (positive, depth)
     }}"""
 
 
 _BODIES = (
     _REQUANTIZE, _REQUANTIZE_SIGNED, _MULTIPLY_WIDE, _RELU2, _quantize(symmetric=False), _quantize(symmetric=True),
-    _RMS_NORM, _LAYER_NORM, _SOFTMAX, _SOFTMAX16, _NORMALIZE, _NORMALIZE16, _ROTARY, _APPLY_GATE,
-    _gate("IntegerSigmoid", "sigmoid"), _gate("IntegerTanh", "tanh", halved=True),
-    _gate("IntegerGeluGate", "gelu"), _gate("IntegerGeluTanhGate", "gelu_tanh"),
-    _gated("IntegerSilu", "IntegerSigmoid"), _gated("IntegerGelu", "IntegerGeluGate"),
-    _gated("IntegerGeluTanh", "IntegerGeluTanhGate"),
+    _RMS_NORM, _LAYER_NORM, _SOFTMAX, _SOFTMAX16, _NORMALIZE, _NORMALIZE16, _ROTARY,
+    _sigmoid("IntegerSigmoid", "sigmoid"), _sigmoid("IntegerTanh", "tanh", halved=True),
+    _activation("IntegerSilu", "silu"), _activation("IntegerGelu", "gelu"),
+    _activation("IntegerGeluTanh", "gelu_tanh"),
 )  # fmt: skip
 BODIES = {text.split(maxsplit=1)[0]: text for text in _BODIES}
 
@@ -450,7 +461,12 @@ _PARTS: dict[str, Callable[[], str]] = {
     "halvings8": lambda: _list(halvings(8), "uint8"),
     "halvings16_high": lambda: _list(halvings(16) // 256, "uint8"),
     "halvings16_low": lambda: _list(halvings(16) % 256, "uint8"),
-} | {name: functools.partial(lambda n: _list(gate_table(n)), name) for name in ("sigmoid", "tanh", "gelu", "gelu_tanh")}
+    "sigmoid": lambda: _list(sigmoid_table("sigmoid")),
+    "tanh": lambda: _list(sigmoid_table("tanh")),
+    "silu": lambda: _list(dent_table("silu")),
+    "gelu": lambda: _list(dent_table("gelu")),
+    "gelu_tanh": lambda: _list(dent_table("gelu_tanh")),
+}
 
 
 def body(name: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,8 +22,10 @@ Array = np.ndarray
 MULTIPLIER_BITS = 15
 MAX_DIVISOR = 2**29
 OCTAVE = 1024  # entries of the tables of 2^-x for each halving
-GATE_REACH = 11  # beyond it a sigmoid is 0 or 1 to half a unit of Q15
-GATE_STEPS = 1024  # entries of the tables of gates for each 1.0 of their argument
+REACH = 11  # beyond it a sigmoid is 0 or 1 to half a unit of Q15
+SIGMOID_STEPS = 1024  # entries of the tables of sigmoid and tanh for each 1.0 of their argument
+DENT_STEPS = 2048
+DENT_FRACTION = 16
 ATTENTION_FRACTION = 7
 ATTENTION16_FRACTION = 5
 _ROPE_FRACTION = 14
@@ -215,8 +216,9 @@ def normalize_attention16(high: ArrayLike, low: ArrayLike, total: ArrayLike, lif
     octave = _powers_reached(t, 16, 30)
     multiplier = np.minimum((2 ** (30 + octave) + t // 2) // t, 2**15 - 1)
     ends = -(2**29), 2**29
-    parts = requantize(_int64(high) * lift, multiplier, 2 ** (octave + 1), *ends), requantize(
-        _int64(low) * lift, multiplier, 2 ** (octave + 9), *ends
+    parts = (
+        requantize(_int64(high) * lift, multiplier, 2 ** (octave + 1), *ends),
+        requantize(_int64(low) * lift, multiplier, 2 ** (octave + 9), *ends),
     )
     return parts[0] + parts[1]
 
@@ -232,45 +234,65 @@ def rotary_embedding(x: ArrayLike, cos: ArrayLike, sin: ArrayLike) -> Array:
 # --------------------------------------------------------------------------- activations
 
 
-def _erf(x: Array) -> Any:
-    return np.vectorize(math.erf)(x)
-
-
-_GATES: dict[str, Callable[[Array], Array]] = {
+_SIGMOIDS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "tanh": lambda x: np.tanh(x / 2),  # its argument is doubled: the table has twice the resolution
-    "gelu": lambda x: (1 + _erf(x / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda x: (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "tanh": lambda x: np.tanh(x / 2),  # of half its argument: an entry is twice as fine
 }
 
 
-def gate_table(name: str) -> Array:
-    """sigmoid, tanh of half, or the gates of GELU, in Q15, on -11..11 in steps of 1/1024; the ends are exact; int32."""
-    grid = np.arange(-GATE_REACH * GATE_STEPS, GATE_REACH * GATE_STEPS + 1) / GATE_STEPS
-    table = np.rint(_GATES[name](grid) * 2**15).astype(np.int32)
+def sigmoid_table(name: str) -> Array:
+    """sigmoid, or tanh of half, in Q15 on -11..11 in steps of 1/1024; the ends are the limits; int32."""
+    grid = np.arange(-REACH * SIGMOID_STEPS, REACH * SIGMOID_STEPS + 1) / SIGMOID_STEPS
+    table = np.rint(_SIGMOIDS[name](grid) * 2**15).astype(np.int32)
     table[0], table[-1] = -(2**15) if name == "tanh" else 0, 2**15
     return table
 
 
-def gate(name: str, x: ArrayLike, unit: int) -> Array:
-    """Entry of ``gate_table(name)`` for x / unit, the nearest; unit a power of two in 2^10..2^25; int32 Q15.
+def _nearest(x: Array, unit: int, steps: int) -> Array:
+    """x / unit, held to +-REACH, in whole steps."""
+    step = unit // steps
+    return np.asarray((np.clip(x, -REACH * unit, REACH * unit) + REACH * unit + step // 2) // step - REACH * steps)
 
-    The error is half a table step times the slope: 1.4e-4 for a sigmoid, 2.2e-4 for GELU's.
-    """
-    step = unit // GATE_STEPS
-    limit = GATE_REACH * unit
-    index = (np.clip(_int64(x), -limit, limit) + limit + step // 2) // step
-    return gate_table(name)[index]
+
+def sigmoid(x: ArrayLike, unit: int) -> Array:
+    """sigmoid(x / unit) in Q15, the nearest entry of a table; unit a power of two in 2^10..2^25; right to 1.4e-4."""
+    return sigmoid_table("sigmoid")[_nearest(_int64(x), unit, SIGMOID_STEPS) + REACH * SIGMOID_STEPS]
 
 
 def tanh(x: ArrayLike, unit: int) -> Array:
-    """tanh(x / unit) in Q15; unit a power of two in 2^11..2^26; right to 2.7e-4."""
-    return gate("tanh", x, unit // 2)
+    """tanh(x / unit) in Q15, the nearest entry of a table; unit a power of two in 2^11..2^26; right to 2.7e-4."""
+    return sigmoid_table("tanh")[_nearest(_int64(x), unit // 2, SIGMOID_STEPS) + REACH * SIGMOID_STEPS]
 
 
-def gated(name: str, x: ArrayLike, unit: int) -> Array:
-    """x * gate(x), on the grid of x, rounded half up; |x| <= 2^29. SiLU: ``sigmoid``; GELU: ``gelu``."""
-    return _int32((_int64(x) * gate(name, x, unit) + 2**14) // 2**15)
+def _tail(x: float) -> float:
+    """The chance that a normal variable is above x."""
+    return math.erfc(x / math.sqrt(2)) / 2
+
+
+_CUBE, _ROOT = 0.044715, math.sqrt(2 / math.pi)
+_DENTS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + np.exp(x)),
+    "gelu": lambda x: x * np.vectorize(_tail)(x),
+    "gelu_tanh": lambda x: x * (1 - np.tanh(_ROOT * (x + _CUBE * x**3))) / 2,
+}
+
+
+def dent_table(name: str) -> Array:
+    """What an activation lies below max(x, 0), an even function, in Q16 on 0..11 in steps of 1/2048; ends in 0; int32."""
+    table = np.rint(_DENTS[name](np.arange(REACH * DENT_STEPS + 1) / DENT_STEPS) * 2**DENT_FRACTION).astype(np.int32)
+    table[-1] = 0
+    return table
+
+
+def activation(name: str, x: ArrayLike, unit: int) -> Array:
+    """``silu``, ``gelu`` or ``gelu_tanh`` of x / unit on the grid of x: max(x, 0) less an entry of a table.
+
+    |x| <= 2^29, unit a power of two in 2^11..2^25. The error is at most 2.6e-4 and half a unit of x.
+    """
+    x = _int64(x)
+    dent = dent_table(name)[_nearest(np.abs(x), unit, DENT_STEPS)].astype(np.int64)
+    up, down = max(unit >> DENT_FRACTION, 1), max(2**DENT_FRACTION // unit, 1)
+    return _int32(np.maximum(x, 0) - (dent * up + down // 2) // down)
 
 
 def relu_squared(x: ArrayLike, narrow: int, divisor: int, high: int) -> Array:
