@@ -52,7 +52,8 @@ def drawn(*shape: int) -> Array:
 
 
 def wide(x: Array) -> Array:
-    return np.rint(x * UNIT).astype(np.int32)
+    steps: Array = np.rint(x * UNIT).astype(np.int32)
+    return steps
 
 
 # --------------------------------------------------------------------------- what the papers compute
@@ -77,19 +78,20 @@ def quadratic_exp(x: Array) -> Array:
 
 def quadratic_softmax() -> str:
     """The same in standard operators, as it would stand in a graph."""
-    return """
+    powers = ", ".join(str(2**i) for i in range(25))
+    return f"""
         last = Constant <value_ints = [-1]> ()
-        powers = Constant <value = int32[25] {%s}> ()
-        nowhere = Constant <value = int32 {-1073741824}> ()
-        zero = Constant <value = int32 {0}> ()
-        cap = Constant <value = int32 {524288}> ()
-        most = Constant <value = int32 {24}> ()
-        fine = Constant <value = int32 {4096}> ()
-        one = Constant <value = int32 {16777216}> ()
-        c1 = Constant <value = int32 {176128}> ()
-        c2 = Constant <value = int32 {11}> ()
-        c3 = Constant <value = int32 {64}> ()
-        c4 = Constant <value = int32 {65793}> ()
+        powers = Constant <value = int32[25] {{{powers}}}> ()
+        nowhere = Constant <value = int32 {{-1073741824}}> ()
+        zero = Constant <value = int32 {{0}}> ()
+        cap = Constant <value = int32 {{524288}}> ()
+        most = Constant <value = int32 {{24}}> ()
+        fine = Constant <value = int32 {{4096}}> ()
+        one = Constant <value = int32 {{16777216}}> ()
+        c1 = Constant <value = int32 {{176128}}> ()
+        c2 = Constant <value = int32 {{11}}> ()
+        c3 = Constant <value = int32 {{64}}> ()
+        c4 = Constant <value = int32 {{65793}}> ()
         held = Where (mask, scores, nowhere)
         top = ReduceMax (held, last)
         distance = Sub (top, held)
@@ -112,7 +114,7 @@ def quadratic_softmax() -> str:
         weights = Cast <to = 2> (h)
         again = Cast <to = 6> (weights)
         total = ReduceSum (again, last)
-    """ % ", ".join(str(2**i) for i in range(25))
+    """
 
 
 def shift_sigmoid(x: Array) -> Array:
@@ -151,7 +153,11 @@ def softmax_cases() -> list[Case]:
     feeds = {"scores": scores, "mask": mask, "period": period}
     floats = {"x": real.astype(np.float32), "bias": np.where(mask, 0, -1e9).astype(np.float32)}
     case = functools.partial(Case, "softmax", exact=lambda: normal(np.exp(below)))
-    timed = {"feeds": feeds, "floats": floats, "reference": "biased = Add (x, bias)\n y = Softmax (biased)"}
+    timed: dict[str, Any] = {
+        "feeds": feeds,
+        "floats": floats,
+        "reference": "biased = Add (x, bias)\n y = Softmax (biased)",
+    }
     return [
         case("DI-Exp, 8 bits in, no guard bits", lambda: normal(shift_exp(below, 0, 8, 15.0))),
         case("DI-Exp, 8 bits in, 15 guard bits", lambda: normal(shift_exp(below, 15, 8, 15.0))),
@@ -209,7 +215,7 @@ def activation_cases() -> list[Case]:
 
 def grid_cases() -> list[Case]:
     x = wide(8 * drawn(ROWS, 4 * CHANNELS))
-    scale = np.random.default_rng(1).uniform(1e-4, 1e-3, x.shape[1])
+    scale: Array = np.random.default_rng(1).uniform(1e-4, 1e-3, (x.shape[1],))
     m, d, _ = integer.fit(scale)
     floats = {"x": x.astype(np.float32), "scale": scale.astype(np.float32)}
     ends = "floored = Max (scaled, low)\n y = Min (floored, high)"
@@ -305,7 +311,11 @@ def _last(body: str) -> str:
 def measured(case: Case, rounds: int) -> dict[str, Any]:
     """A row of the table."""
     error = float(np.abs(case.found() - case.exact()).max())
-    row = {"key": f"{case.operator}: {case.variant}", "operator": case.operator, "variant": case.variant}
+    row: dict[str, Any] = {
+        "key": f"{case.operator}: {case.variant}",
+        "operator": case.operator,
+        "variant": case.variant,
+    }
     row |= {"max_error": error, "rounds": rounds, "load": options.load(), "ms": None, "float_ms": None}
     if case.call:
         body, reference = runner(case.call, case.feeds), runner(case.reference, case.floats)

@@ -278,10 +278,10 @@ _DENTS: dict[str, Callable[[Array], Array]] = {
 
 
 def dent_table(name: str) -> Array:
-    """What an activation lies below max(x, 0), an even function, in Q16 on 0..11 in steps of 1/2048; ends in 0; int32."""
+    """What an activation lies below max(x, 0), an even function: Q16 on 0..11 in steps of 1/2048, 0 at the end."""
     table = np.rint(_DENTS[name](np.arange(REACH * DENT_STEPS + 1) / DENT_STEPS) * 2**DENT_FRACTION).astype(np.int32)
     table[-1] = 0
-    return table
+    return np.asarray(table)
 
 
 def activation(name: str, x: ArrayLike, unit: int) -> Array:
