@@ -47,7 +47,7 @@ def _toward_zero(a: Array, b: ArrayLike) -> Array:
 
 def _powers_reached(x: Array, first: int, last: int) -> Array:
     """How many of 2^first .. 2^last are at most ``x``."""
-    return sum((x >= 2**i).astype(np.int64) for i in range(first, last + 1))
+    return np.asarray(sum((x >= 2**i).astype(np.int64) for i in range(first, last + 1)))
 
 
 # --------------------------------------------------------------------------- to another grid
@@ -177,7 +177,7 @@ def halvings(bits: int) -> Array:
     count = (bits + 1) * OCTAVE
     values = np.rint((2**bits - 1) * np.exp2(-(np.arange(count + 1) + 0.5) / OCTAVE))
     values[0], values[-1] = 2**bits - 1, 0
-    return values.astype(np.int32)
+    return _int32(values)
 
 
 def softmax_weights(scores: ArrayLike, mask: Array, period: ArrayLike, lift: int, bits: int) -> tuple[Array, Array]:
@@ -220,7 +220,7 @@ def normalize_attention16(high: ArrayLike, low: ArrayLike, total: ArrayLike, lif
         requantize(_int64(high) * lift, multiplier, 2 ** (octave + 1), *ends),
         requantize(_int64(low) * lift, multiplier, 2 ** (octave + 9), *ends),
     )
-    return parts[0] + parts[1]
+    return np.asarray(parts[0] + parts[1])
 
 
 def rotary_embedding(x: ArrayLike, cos: ArrayLike, sin: ArrayLike) -> Array:
@@ -245,7 +245,7 @@ def sigmoid_table(name: str) -> Array:
     grid = np.arange(-REACH * SIGMOID_STEPS, REACH * SIGMOID_STEPS + 1) / SIGMOID_STEPS
     table = np.rint(_SIGMOIDS[name](grid) * 2**15).astype(np.int32)
     table[0], table[-1] = -(2**15) if name == "tanh" else 0, 2**15
-    return table
+    return np.asarray(table)
 
 
 def _nearest(x: Array, unit: int, steps: int) -> Array:
@@ -254,14 +254,18 @@ def _nearest(x: Array, unit: int, steps: int) -> Array:
     return np.asarray((np.clip(x, -REACH * unit, REACH * unit) + REACH * unit + step // 2) // step - REACH * steps)
 
 
+def _sigmoid_entry(name: str, x: ArrayLike, unit: int) -> Array:
+    return np.asarray(sigmoid_table(name)[_nearest(_int64(x), unit, SIGMOID_STEPS) + REACH * SIGMOID_STEPS])
+
+
 def sigmoid(x: ArrayLike, unit: int) -> Array:
     """sigmoid(x / unit) in Q15, the nearest entry of a table; unit a power of two in 2^10..2^25; right to 1.4e-4."""
-    return sigmoid_table("sigmoid")[_nearest(_int64(x), unit, SIGMOID_STEPS) + REACH * SIGMOID_STEPS]
+    return _sigmoid_entry("sigmoid", x, unit)
 
 
 def tanh(x: ArrayLike, unit: int) -> Array:
     """tanh(x / unit) in Q15, the nearest entry of a table; unit a power of two in 2^11..2^26; right to 2.7e-4."""
-    return sigmoid_table("tanh")[_nearest(_int64(x), unit // 2, SIGMOID_STEPS) + REACH * SIGMOID_STEPS]
+    return _sigmoid_entry("tanh", x, unit // 2)
 
 
 def _tail(x: float) -> float:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
 from qcompile.calibration.runner import open_session
 from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.integer import BODIES
+from qcompile.graph.integer.norms import newton_root
+from qcompile.graph.integer.parts import LAST, wide_constants
 from qcompile.quant import integer
 
 Array = np.ndarray
@@ -134,19 +139,22 @@ def test_norms(shape: tuple[int, ...], epsilon: int) -> None:
 
 
 def test_the_root_is_exact_wherever_it_changes() -> None:
-    """One channel and epsilon 0 make the mean square x^2 * 2^18; epsilon moves it across every edge."""
+    """Beside every square: the smallest roots, powers of two, the marks of the starts, and many between."""
     generator = np.random.default_rng(5)
-    roots = np.unique(np.concatenate([2**14 + np.arange(2000), 2 ** generator.uniform(14, 24, 20000)]).astype(np.int64))
-    v = np.concatenate([roots**2 + step for step in (-1, 0, 1)])
-    np.testing.assert_array_equal(integer.isqrt(v), [int(x) for x in map(_floor_root, v.tolist())])
-    x = np.unique(2 ** generator.uniform(5, 29, 20000)).astype(np.int32)[:, None]
-    equal(computed("IntegerRMSNorm", x, epsilon=0), [integer.rms_norm(x)])
-
-
-def _floor_root(v: int) -> int:
-    import math
-
-    return math.isqrt(v)
+    drawn = 2 ** np.concatenate([generator.uniform(14, 24, 200_000), np.arange(14, 24, 0.25)])
+    roots = np.concatenate([2**14 + np.arange(5000), 2**24 - 1 - np.arange(5000), np.rint(drawn).astype(np.int64)])
+    v = np.clip(np.concatenate([roots**2 + step for step in (-1, 0, 1)]), 2**28, 2**48 - 1)[:, None]
+    text = f"""<domain: "{DOMAIN}", opset_import: ["" : 21]> Root (v) => (root) {{
+        {LAST}{wide_constants(two64=2, root_low=2**14, root_high=2**24 - 1)}{newton_root()}
+    }}"""
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21, "{DOMAIN}" : 1]> '
+        f"g (int64[n, 1] v) => (int64[n, 1] root) {{ root = {DOMAIN}.Root (v) }}"
+    )
+    model.functions.append(onnx.parser.parse_function(text))
+    (root,) = open_session(model.SerializeToString(), threads=1).run(None, {"v": v})
+    np.testing.assert_array_equal(root[:, 0], [math.isqrt(x) for x in v[:, 0].tolist()])
+    np.testing.assert_array_equal(integer.isqrt(v), root)
 
 
 @pytest.mark.parametrize("bound", (2**12, 2**20, 2**29))

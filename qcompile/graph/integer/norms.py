@@ -7,7 +7,7 @@ import numpy as np
 from qcompile.graph.integer.parts import LAST, POWERS, constants, held, numbers, reached, wide_constants
 
 
-def _isqrt() -> str:
+def newton_root() -> str:
     """``root`` = floor(sqrt(v)), v int64 (..., 1) in 2^28..2^48 - 1: from above by Newton, then one comparison.
 
     The start is within 2^(1/4) of the root, so three steps leave an error below one.
@@ -66,7 +66,7 @@ _RMS_NORM = f"""IntegerRMSNorm <epsilon> (x) => (y) {{
         once = Div (epsilons, p64)
         twice = Div (once, p64)
         shifted = Add (mean, twice){held("v", "shifted", "smallest", "largest")}
-        {_isqrt()}
+        {newton_root()}
         {reached("octave", "root", 15, 23, "int64")}
         power = Gather (powers, octave)
         power64 = Cast <to = 7> (power)
