@@ -24,8 +24,8 @@ MAX_DIVISOR = 2**29
 OCTAVE = 1024  # entries of the tables of 2^-x for each halving
 REACH = 11  # beyond it a sigmoid is 0 or 1 to half a unit of Q15
 SIGMOID_STEPS = 1024  # entries of the tables of sigmoid and tanh for each 1.0 of their argument
-DENT_STEPS = 2048
-DENT_FRACTION = 16
+DENT_STEPS = 2048  # entries of the tables of activations
+DENT_FRACTION = 16  # bits of their entries
 ATTENTION_FRACTION = 7
 ATTENTION16_FRACTION = 5
 _ROPE_FRACTION = 14
@@ -56,7 +56,7 @@ def _powers_reached(x: Array, first: int, last: int) -> Array:
 def fit(factor: ArrayLike, bits: int = MULTIPLIER_BITS, *, common: bool = False) -> tuple[Array, Array, int]:
     """``(multiplier, divisor, lift)`` with factor ~ 2^lift * multiplier / (2^16 * divisor).
 
-    factor: real and positive, or of one sign per entry; any shape. Multipliers are int32 below 2^bits in size,
+    factor: real, of any sign and shape. Multipliers are int32 below 2^bits in size,
     divisors powers of two up to 2^29. ``lift`` is 0 where every |factor| < 0.5; otherwise the value must be
     multiplied by 2^lift before ``requantize``. The relative error is at most 2^-bits, for factors of at least
     2^-31; ``common`` takes the divisor of the largest factor for all, with that error relative to the largest.
@@ -79,8 +79,8 @@ def fit(factor: ArrayLike, bits: int = MULTIPLIER_BITS, *, common: bool = False)
 def requantize(x: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, low: int, high: int) -> Array:
     """x * multiplier / (2^16 * divisor), rounded half up, in low..high.
 
-    |x| < 2^30, |multiplier| < 2^15, divisor a power of two in 1..2^29; they broadcast. With divisor 1 the
-    result is rounded down. Equal to (x * m + 2^15 * d) >> (16 + log2 d) in int64 for d > 1.
+    |x| < 2^30, |multiplier| < 2^15, divisor a power of two in 1..2^29; they broadcast. With divisor 1, a factor
+    of 0.25 or more, the result is rounded down. Equal to (x * m + 2^15 * d) >> (16 + log2 d) in int64 for d > 1.
     """
     d = _int64(divisor)
     product = _int64(x) * _int64(multiplier) // 2**16

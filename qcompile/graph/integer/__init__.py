@@ -1,6 +1,7 @@
 """Bodies of the integer operators: standard int32 operators, int64 on per-token vectors and sums only.
 
-``quant/integer.py`` says what each operator computes and for which inputs. A body holds every value by Max and Min
+The function of ``quant/integer.py`` that is named beside a body says what it computes and for which inputs, and the
+values that ``unit``, ``narrow``, ``divisor`` and the other attributes may have. A body holds every value by Max and Min
 where it may multiply or divide, so that intervals alone, without relations between tensors, prove that nothing
 overflows. Mod, Gather and BitShift by element are avoided: they cost ten times an addition in ONNX Runtime, while
 GatherElements on flat tensors costs three.

@@ -7,7 +7,7 @@ from qcompile.quant.integer import DENT_FRACTION, DENT_STEPS, REACH, SIGMOID_STE
 
 
 def _sigmoid(name: str, table: str, halved: bool = False) -> str:
-    """The nearest entry of a table of ``sigmoid_table``: Q15."""
+    """x int32 -> Q15 int32, the nearest entry of ``sigmoid_table``: ``sigmoid``, ``tanh``."""
     unit = "\n        narrow = Div (unit, two)" if halved else "\n        narrow = Identity (unit)"
     return f"""{name} <unit> (x) => (y) {{
         {attribute("unit")}{FLAT}{constants(two=2, reach=REACH, steps=SIGMOID_STEPS)}
@@ -23,7 +23,7 @@ def _sigmoid(name: str, table: str, halved: bool = False) -> str:
 
 
 def _activation(name: str, table: str) -> str:
-    """max(x, 0) less the nearest entry of a table of ``dent_table``; on the grid of x."""
+    """x int32 -> int32, max(x, 0) less the nearest entry of ``dent_table``: ``activation``."""
     return f"""{name} <unit> (x) => (y) {{
         {attribute("unit")}{FLAT}
         {constants(zero=0, one=1, two=2, reach=REACH, steps=DENT_STEPS, fraction=2**DENT_FRACTION)}

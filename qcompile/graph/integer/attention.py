@@ -49,12 +49,14 @@ _ONES = """
         pair = Concat <axis = 0> (columns, single)
         ones = ConstantOfShape <value = int8[1] {1}> (pair)"""
 
+# scores (..., S, T) int32, mask bool, period int32 -> uint8 weights, total int32 (..., S, 1): ``softmax_weights``
 _SOFTMAX = f"""IntegerSoftmax <lift> (scores, mask, period) => (weights, total) {{{_softmax_index(8)}
         table = Constant <value = $halvings8> (){looked_up("weights", "table", "index", "scores")}
         {_ONES}{_row_sums("sum", "weights")}
         total = Max (sum, one)
     }}"""
 
+# the same with 16-bit weights, as their high and low bytes
 _SOFTMAX16 = f"""IntegerSoftmax16 <lift> (scores, mask, period) => (high, low, total) {{{_softmax_index(16)}
         {constants(byte=256)}
         high_table = Constant <value = $halvings16_high> ()
@@ -67,6 +69,7 @@ _SOFTMAX16 = f"""IntegerSoftmax16 <lift> (scores, mask, period) => (high, low, t
     }}"""
 
 _TOTAL_MAX = 255 * 32768
+# sums (..., S, d), total (..., S, 1) int32 -> int32: ``normalize_attention``
 _NORMALIZE = f"""NormalizeAttention (sums, total) => (y) {{
         {constants(one=1, two=2, low=-128, high=128, unit=2**ATTENTION_FRACTION, most=_TOTAL_MAX, least=-_TOTAL_MAX)}
         {held("count", "total", "one", "most")}
@@ -84,6 +87,7 @@ _NORMALIZE = f"""NormalizeAttention (sums, total) => (y) {{
         y = Add (wholes, fraction)
     }}"""
 
+# high, low (..., S, d), total (..., S, 1) int32 -> int32: ``normalize_attention16``
 _NORMALIZE16 = f"""NormalizeAttention16 <lift> (high, low, total) => (y) {{
         {attribute("lift")}{LAST}{POWERS}{constants(least=2**15, one=1, nine=9)}
         {wide_constants(two64=2, unit=2**30, most=2**15 - 1)}
@@ -108,6 +112,7 @@ _NORMALIZE16 = f"""NormalizeAttention16 <lift> (high, low, total) => (y) {{
         y = Add (a, b)
     }}"""
 
+# x (B, H, S, d), cos, sin int32 broadcast to it -> int32: ``rotary_embedding``
 _ROTARY = f"""IntegerRotaryEmbedding (x, cos, sin) => (y) {{
         {constants(half=2**13, unit=2**14)}
         first, second = Split <axis = -1, num_outputs = 2> (x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qcompile.graph.integer.parts import LAST, POWERS, attribute, constants, held, reached, wide_constants
 
-# x int32, multiplier >= 0 and divisor int32, broadcast -> int32
+# x int32; multiplier >= 0 and divisor int32 scalars, per column or (..., 1) -> int32: ``requantize``
 _REQUANTIZE = f"""Requantize <low, high> (x, multiplier, divisor) => (y) {{
         {attribute("low", "high")}{constants(zero=0, two=2, lift=2**30, part=2**16, rest=2**16 - 1, share=2**14)}
         {constants(most=2**29)}
@@ -34,7 +34,7 @@ _REQUANTIZE_SIGNED = """RequantizeSigned <low, high> (x, multiplier, divisor) =>
         y = qcompile.Requantize <low: int = @low, high: int = @high> (turned, size, divisor)
     }"""
 
-# a * b / (narrow * 2^16 * divisor)
+# a, b int32 -> int32: ``multiply_wide``
 _MULTIPLY_WIDE = f"""MultiplyWide <narrow, divisor, low, high> (a, b) => (y) {{
         {attribute("narrow", "divisor")}{constants(two=2, lift=2**29, least=-(2**15) + 1, most=2**15 - 1)}
         half = Div (narrow, two)
@@ -46,6 +46,7 @@ _MULTIPLY_WIDE = f"""MultiplyWide <narrow, divisor, low, high> (a, b) => (y) {{
         y = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (a, short, divisor)
     }}"""
 
+# x int32 -> int32: ``relu_squared``
 _RELU2 = f"""IntegerRelu2 <narrow, divisor, high> (x) => (y) {{
         {constants(zero=0)}
         positive = Max (x, zero)
@@ -56,7 +57,7 @@ _RELU2 = f"""IntegerRelu2 <narrow, divisor, high> (x) => (y) {{
 
 
 def _quantize(symmetric: bool) -> str:
-    """The body that quantises rows of x (..., C) int32."""
+    """x (..., C) int32 -> uint8 codes, and zero, step, divisor int32 (..., 1): ``quantize_per_token``."""
     name = "QuantizePerTokenIntegerSymmetric" if symmetric else "QuantizePerTokenInteger"
     shared = f"""{name} <bits> (x) => (codes, zero, step, divisor) {{
         {attribute("bits")}{LAST}{POWERS}

@@ -37,6 +37,7 @@ def newton_root() -> str:
     )
 
 
+# x (..., C) int32 -> int32: ``rms_norm``
 _RMS_NORM = f"""IntegerRMSNorm <epsilon> (x) => (y) {{
         wide_epsilon = Constant <value_int: int = @epsilon> (){LAST}{POWERS}
         {constants(two=2, lift=2**29, least=-(2**14), most=2**14)}
@@ -90,6 +91,7 @@ _RMS_NORM = f"""IntegerRMSNorm <epsilon> (x) => (y) {{
         normal = Sub (quotient, zero_point){held("y", "normal", "low", "high")}
     }}"""
 
+# x (..., C) int32 -> int32: ``layer_norm``
 _LAYER_NORM = f"""IntegerLayerNorm <epsilon> (x) => (y) {{{LAST}
         {wide_constants(one64=1, two64=2, lift=2**28, low=-(2**28), high=2**28)}
         x64 = Cast <to = 7> (x)
