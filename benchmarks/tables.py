@@ -13,7 +13,7 @@ from benchmarks.references import REFERENCES
 
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
-TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)"}
+TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
 
 def all_results(folder: Path = RESULTS) -> str:
@@ -27,7 +27,9 @@ def all_results(folder: Path = RESULTS) -> str:
 
 def render(result: Mapping[str, Any]) -> str:
     """One result: its table, and what must be known to read it."""
-    draw = {"accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode}[result["kind"]]
+    draw = {
+        "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
+    }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
     return f"{draw(result)}\n\n{result['machine']}; {versions}. {', '.join(commands)}"
@@ -166,6 +168,20 @@ def cost(result: Mapping[str, Any]) -> str:
         growth = f"{100 * (peaks[-1] / peaks[0] - 1):+.1f} %"
         lines.append((row["name"], *map(number, row["cpu_seconds"]), *map(number, peaks), growth))
     return table(head, lines)
+
+
+def integer_operators(result: Mapping[str, Any]) -> str:
+    """One row a variant of an operator: its largest error, and its time against the float operator's."""
+    head = ("operator", "variant", "largest error", "body, ms", "float operator, ms", "ratio of minima")
+    lines = []
+    for row in result["rows"]:
+        times = ("", "", "")
+        if row["ms"] is not None:
+            times = f"{row['ms']:.2f}", f"{row['float_ms']:.2f}", f"{row['ms'] / row['float_ms']:.1f}"
+        lines.append((row["operator"], row["variant"], f"{row['max_error']:.2g}", *times))
+    base = result["rows"][0]
+    how = f"{base['rounds']} rounds in turns, {result['threads']} thread, load average {base['load']:.1f}."
+    return f"{table(head, lines)}\n\n{how}"
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

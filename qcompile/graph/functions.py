@@ -12,8 +12,11 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from qcompile.graph import integer
+
 DOMAIN = "qcompile"
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : 21]>\n'
+_CALLING_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : 21, "{DOMAIN}" : 1]>\n'  # uses functions of its own
 
 _BODIES: dict[str, str] = {
     # x (..., C), scale (C) -> (..., C); root mean square over the last axis (arXiv 1910.07467)
@@ -143,17 +146,23 @@ _BODIES: dict[str, str] = {
 
 @functools.cache
 def _proto(name: str) -> onnx.FunctionProto:
-    return onnx.parser.parse_function(_HEADER + _BODIES[name])
+    if name in _BODIES:
+        return onnx.parser.parse_function(_HEADER + _BODIES[name])
+    text = integer.body(name)
+    return onnx.parser.parse_function((_CALLING_HEADER if f" {DOMAIN}." in text else _HEADER) + text)
 
 
 def use(model: ir.Model, name: str) -> None:
-    """Make the function ``name`` known to ``model``."""
+    """Make the function ``name``, and those that it uses, known to ``model``."""
     model.opset_imports.setdefault(DOMAIN, 1)
     model.graph.opset_imports.setdefault(DOMAIN, 1)
     key = (DOMAIN, name, "")
     if key not in model.functions:
         function = ir.serde.deserialize_function(_proto(name))
         model.functions[function.identifier()] = function
+        for node in function:
+            if node.domain == DOMAIN:
+                use(model, node.op_type)
 
 
 def is_op(node: ir.Node | None, *names: str) -> bool:

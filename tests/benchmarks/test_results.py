@@ -49,9 +49,7 @@ def test_a_row_is_spelled_in_one_word(text: str, name: str, passes: str | None, 
     assert (wanted.name, wanted.passes, wanted.max_drop) == (name, passes, drop)
 
 
-def test_a_job_gives_its_result_or_the_last_line_of_its_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_job_gives_its_result_or_the_last_line_of_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "jobs.py").write_text(
         "import sys\n"
@@ -140,3 +138,12 @@ def test_ratios_are_of_the_float_export() -> None:
 def test_growth_is_between_few_and_many_samples() -> None:
     row = {"name": "mse", "error": "", "cpu_seconds": [10.0, 20.0], "peak_mb": [400.0, 430.0]}
     assert "| mse | 10 | 20 | 400 | 430 | +7.5 % |" in tables.cost({"samples": [32, 256], "rows": [row]})
+
+
+def test_an_operator_without_a_time_has_an_error_only() -> None:
+    row = {"operator": "softmax", "variant": "DI-Exp", "max_error": 0.034, "ms": None, "float_ms": None}
+    timed = row | {"variant": "table", "max_error": 1e-4, "ms": 3.0, "float_ms": 2.0}
+    row |= {"rounds": 5, "load": 0.5}
+    text = tables.integer_operators({"threads": 1, "rows": [row, timed]})
+    assert "| softmax | DI-Exp | 0.034 |  |  |  |" in text
+    assert "| softmax | table | 0.0001 | 3.00 | 2.00 | 1.5 |" in text and "5 rounds in turns, 1 thread" in text
