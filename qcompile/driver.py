@@ -194,7 +194,8 @@ def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend
     if "canonicalise" not in names:
         steps.insert(0, make_pass("canonicalise", {}))
     if "quantise" not in names and recipe.rules:
-        steps.append(make_pass("quantise", {}))
+        last = next((place for place, one in enumerate(steps) if "quantised" in one.reads[:1]), len(steps))
+        steps.insert(last, make_pass("quantise", {}))
     check_order(steps)
     return [*steps, Lower(backend)]
 

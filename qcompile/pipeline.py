@@ -42,11 +42,12 @@ PASSES: dict[str, str] = {
     "omniquant": "qcompile.passes.omniquant:OmniQuant",
     "fsbr": "qcompile.passes.fsbr:Fsbr",
     "quantise": "qcompile.passes.quantise:Quantise",
+    "int_only": "qcompile.passes.int_only:IntOnly",
 }
 ENTRY_POINTS = "qcompile.passes"
 
 # The form of the model between two passes, in the order in which a pipeline reaches them.
-Form = Literal["captured", "canonical", "quantised"]
+Form = Literal["captured", "canonical", "quantised", "integer"]
 FORMS: tuple[Form, ...] = typing.get_args(Form)
 
 Arrays = dict[str, np.ndarray]
@@ -203,11 +204,14 @@ def check_order(steps: Sequence[Pass]) -> None:
 
 def _misplaced(one: Pass, form: Form, maker: str, later: Sequence[Pass]) -> UserError:
     """``one`` meets the model in ``form``, which ``maker`` has made, and does not read that."""
-    if form == FORMS[-1]:
+    if FORMS.index(form) >= FORMS.index("quantised"):
         what = f"pass '{one.name}' needs the float model, but '{maker}' stands before it"
         again = one.name == maker
         return UserError(what, hint=f"name {maker} once" if again else f"write --passes {one.spec},{maker}")
     wanted = next((p.name for p in later if p.makes in one.reads), "canonicalise")
+    if "canonical" not in one.reads:
+        what = f"pass '{one.name}' needs a quantised model, but nothing before it quantises"
+        return UserError(what, hint="name a recipe with low bits, such as --recipe w8a8_static")
     what = f"pass '{one.name}' needs the canonical form, but '{wanted}' does not stand before it"
     return UserError(what, hint=f"write --passes {wanted},{one.spec}")
 

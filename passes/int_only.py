@@ -1,0 +1,55 @@
+"""Integer only: the quantised graph without a float between its inputs and its outputs.
+
+rewrite:  every float operator  ->  standard integer operators on fixed-point int32 and 8-bit codes
+needs:    a quantised model; calibration samples for the grids
+ensures:  what has an integer form is computed in integers, with saturation instead of overflow; what has none is
+          told, and an error with strict
+source:   I-LLM, arXiv 2405.17849: DI-Exp with guard bits and a quadratic, deferred normalisation; I-BERT, arXiv
+          2101.01321, for the idea of a cubic inside GELU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from qcompile.errors import UserError
+from qcompile.graph.provenance import layer_name
+from qcompile.integer.convert import Settings, convert
+from qcompile.integer.rules import RULES
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, Form, Pass, check_range
+
+
+@dataclasses.dataclass(frozen=True)
+class IntOnly(Pass):
+    """Options:
+
+    positions: the longest text, in tokens, that a rotary embedding has a table for
+    probability_bits: of attention weights, 8 or 16
+    strict: an operator without an integer form is an error
+    """
+
+    name: ClassVar[str] = "int_only"
+    preserves: ClassVar[Preserves] = "approximation"
+    reads: ClassVar[tuple[Form, ...]] = ("quantised",)
+    makes: ClassVar[Form | None] = "integer"
+
+    positions: int = 4096
+    probability_bits: Literal[8, 16] = 16
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, 2**20, "positions")
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        converter = convert(model, ctx, Settings(self.positions, self.probability_bits), RULES)
+        if self.strict and converter.floats:
+            node, why = converter.floats[0]
+            more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""
+            what = f"{node.op_type} of '{layer_name(node)}'{more} would stay float: {why}"
+            raise UserError(what, hint="leave out strict to keep it float")
+        ctx.ledger.current.facts["float operators"] = len(converter.floats)
+        return len(converter.held)

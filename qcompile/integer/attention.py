@@ -1,0 +1,139 @@
+"""Attention in integers: 8-bit queries, keys and values, and weights that are normalised after the last product.
+
+Keys are stored about the middle of each channel's range, which adds the same number to all scores of a query, and
+a softmax does not see it; values too, which comes back as a constant, since weights sum to one. What is left is
+scaled channel by channel, keys down and queries up, until both use their codes about equally (the smoothing of
+arXiv 2405.17849 after the rotary embedding, where it is an equivalence for any scales).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.graph.canonical import match
+from qcompile.integer import masks
+from qcompile.integer.convert import Converter, Refused
+from qcompile.integer.emit import LIMIT
+from qcompile.integer.values import Wide
+from qcompile.quant.integer import ATTENTION16_FRACTION, ATTENTION_FRACTION
+
+U8, I8, I32, I64 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
+TOP = 127
+MIDDLE = 128
+BALANCE = 0.5  # the share of a key channel's size that moves to the query's
+TINY = 1e-9
+PERIOD_BITS = 13  # of the smallest period: ln 2 in units of the scores
+ALIKE = 6.0  # times that heads may differ in the unit of their scores: the periods of all fit 16 bits
+
+
+def attention(c: Converter, node: ir.Node) -> None:
+    """Attention{scale} or GroupedAttention{scale, groups} over (B, H, S, d)."""
+    q, k, v = (c.wide(value) for value in node.inputs[:3])
+    groups = match.int_attribute(node, "groups", 1)
+    heads, width = _layout(node.inputs[1]), _layout(node.inputs[1], 3)
+    if heads is None or width is None:
+        raise Refused("the number of heads or their width is not known")
+    try:
+        mask = masks.flags_of(node.inputs[3], c.emit) if node.inputs[3] is not None else masks.all_true(c.emit)
+    except masks.NoFlags as error:
+        raise Refused(str(error)) from error
+    made = _Attention(c, node, heads, groups, int(width))
+    c.put(node, made.write(q, k, v, mask), c.bound(node.outputs[0]))
+
+
+def _layout(value: ir.Value | None, axis: int = 1) -> int | None:
+    size = value.shape[axis] if value is not None and value.shape is not None and len(value.shape) == 4 else None
+    return size if isinstance(size, int) else None
+
+
+class _Attention:
+    """``heads``: of keys and values; each serves ``groups`` heads of queries."""
+
+    def __init__(self, c: Converter, node: ir.Node, heads: int, groups: int, width: int) -> None:
+        self.c, self.emit, self.node = c, c.emit, node
+        self.heads, self.groups, self.width = heads, groups, width
+
+    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value) -> ir.Value:
+        emit = self.emit
+        (_, q_reach), (k_middle, k_reach), (v_middle, v_reach) = (self._extremes(i) for i in range(3))
+        q_reach = q_reach.reshape(self.heads, self.groups, self.width)  # heads of keys, their queries, channels
+        together = np.maximum(q_reach.max(axis=1), TINY)
+        share = k_reach**BALANCE / together ** (1 - BALANCE)  # (heads, width): keys are divided by it
+        k_step = (k_reach / share).max(axis=1) / TOP
+        q_step = (q_reach * share[:, None]).max(axis=(1, 2)) / TOP
+        q_step = np.maximum(q_step, (q_step * k_step).max() / ALIKE / k_step)  # one lift serves all heads
+        keys = self._codes(k, k_middle, 1 / (share * k_step[:, None]))
+        values = self._codes(v, v_middle, TOP / v_reach)
+        per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
+        steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -TOP, TOP)
+        queries = emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8)
+        scores = self._product(queries, emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2]), MIDDLE)
+        scale = float(self.node.attributes["scale"].as_float())
+        unit = np.repeat(q_step * k_step * scale, self.groups)  # of one score, by head
+        parts, total = self._weights(scores, mask, np.log(2) / unit)
+        sums = [self._product(part, values, 0) for part in parts]
+        mixed, unit_places = self._mean(sums, total)
+        places, bound = self.c.places(self.node.outputs[0]), self.c.bound(self.node.outputs[0])
+        each = np.repeat(v_reach / TOP, self.groups, axis=0) * 2.0 ** (places - unit_places)
+        result = emit.requantize(mixed, (TOP + 1) << unit_places, self._shaped(each), -bound, bound)
+        offset = np.rint(np.repeat(v_middle, self.groups, axis=0) * 2.0**places).astype(np.int32)
+        return emit.clip(emit.put("Add", [result, emit.int32(self._shaped(offset))]), -bound, bound)
+
+    def _extremes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, d): the middle of each channel of an operand (0 for queries), and how far it reaches from there."""
+        value = self.node.inputs[index]
+        lo, hi = (end.astype(np.float64) for end in self.c.grids.extremes[str(value.name)])  # type: ignore[union-attr]
+        if index == 0:
+            return np.zeros_like(lo), np.maximum(np.maximum(-lo, hi), TINY)
+        return (lo + hi) / 2, np.maximum((hi - lo) / 2, TINY)
+
+    def _shaped(self, array: np.ndarray) -> np.ndarray:
+        """(H, d) -> (1, H, 1, d)"""
+        return array[None, :, None]
+
+    def _codes(self, x: Wide, middle: np.ndarray, scale: np.ndarray) -> ir.Value:
+        """int8 (B, heads, S, d): round((x - middle) * scale)."""
+        centre = np.rint(self._shaped(middle) * 2.0**x.places).astype(np.int32)
+        centred = self.emit.put("Sub", [x.value, self.emit.int32(centre)])
+        bound = x.bound + int(np.abs(centre).max())
+        steps = self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -TOP, TOP)
+        return self.emit.cast(steps, I8)
+
+    def _product(self, left: ir.Value, right: ir.Value, zero: int) -> ir.Value:
+        """(B, H, S, K) uint8 times (B, heads, K, N) int8; the queries of one head of keys stand below each other."""
+        emit = self.emit
+        inputs = [left, right, emit.constant(np.asarray(zero, np.uint8), "zero")]
+        if self.groups == 1:
+            return emit.put("MatMulInteger", inputs)
+        heads, all_heads = emit.int64s(0, self.heads), emit.int64s(0, self.heads * self.groups)
+        free = emit.int64s(-1)
+        inner = emit.put("Shape", [left], I64, start=3, end=4)
+        columns = emit.put("Shape", [right], I64, start=3, end=4)
+        stacked = emit.put("Concat", [heads, free, inner], I64, axis=0)
+        inputs[0] = emit.put("Reshape", [left, stacked], U8)
+        back = emit.put("Concat", [all_heads, free, columns], I64, axis=0)
+        return emit.put("Reshape", [emit.put("MatMulInteger", inputs), back])
+
+    def _weights(self, scores: ir.Value, mask: ir.Value, period: np.ndarray) -> tuple[Sequence[ir.Value], ir.Value]:
+        """Codes of the softmax (two bytes each where they have 16 bits) and their sum; period (H,)."""
+        lift = max(0, PERIOD_BITS - math.floor(math.log2(float(period.min()))))
+        units = np.minimum(np.rint(period * 2.0**lift), 2**16 - 1).astype(np.int32)[None, :, None, None]
+        inputs = [scores, mask, self.emit.int32(units)]
+        if self.c.settings.probability_bits == 8:
+            found = self.emit.put_all("IntegerSoftmax", inputs, [U8, I32], lift=2**lift)
+        else:
+            found = self.emit.put_all("IntegerSoftmax16", inputs, [U8, U8, I32], lift=2**lift)
+        return found[:-1], found[-1]
+
+    def _mean(self, sums: Sequence[ir.Value], total: ir.Value) -> tuple[ir.Value, int]:
+        """The sums over their weights' total, and its places."""
+        if len(sums) == 1:
+            return self.emit.put("NormalizeAttention", [*sums, total]), ATTENTION_FRACTION
+        free = LIMIT // (255 * TOP * self.c.settings.positions)
+        lift = max(0, free.bit_length() - 1)
+        mixed = self.emit.put("NormalizeAttention16", [*sums, total], lift=2**lift)
+        return mixed, ATTENTION16_FRACTION + lift

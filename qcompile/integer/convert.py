@@ -1,0 +1,195 @@
+"""Walks the quantised graph once and puts integer nodes beside every float one.
+
+Each rule takes a node and gives its result in integers (``values.py``). A node without a rule, or that its rule
+refuses, stays float: its operands are brought to real numbers in front of it and its results back to a grid where
+integers read them on, and the place is told with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompile.graph.edits import constant_array, naming
+from qcompile.graph.provenance import layer_name, original_name
+from qcompile.integer.emit import LIMIT, Emitter, check_bound
+from qcompile.integer.grids import Grids, find_grids
+from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
+from qcompile.pipeline import Context
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+
+class Refused(Exception):
+    """A rule cannot bring its node to integers; the argument says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """positions: table rows of rotary embeddings; probability_bits: of attention's weights, 8 or 16"""
+
+    positions: int = 4096
+    probability_bits: int = 16
+
+
+Rule = Callable[["Converter", ir.Node], None]
+
+
+class Converter:
+    """What every value has become so far."""
+
+    def __init__(self, model: ir.Model, ctx: Context, grids: Grids, settings: Settings) -> None:
+        self.model, self.ctx, self.grids, self.settings = model, ctx, grids, settings
+        self.emit = Emitter(model, ctx.workspace)
+        self.held: dict[int, Held] = {}
+        self.floats: list[tuple[ir.Node, str]] = []  # that stayed float, and why
+        self._real: dict[int, ir.Value] = {}
+
+    # ----------------------------------------------------------------------- reading
+
+    def get(self, value: ir.Value | None) -> Held:
+        """What ``value`` has become; Refused where it is a float that no rule has made."""
+        assert value is not None
+        held = self.held.get(id(value))
+        if held is None:
+            raise Refused(f"it reads the float value '{value.name}'")
+        return held
+
+    def wide(self, value: ir.Value | None) -> Wide:
+        """``value`` on its own grid."""
+        assert value is not None
+        held = self.held.get(id(value))
+        if held is None:
+            held = self._entered(value)
+        if isinstance(held, Sums):
+            held = self.scaled(held, str(value.name))
+        if not isinstance(held, Wide):
+            raise Refused(f"'{value.name}' is {type(held).__name__.lower()}, not numbers on a grid")
+        self.held[id(value)] = held
+        return held
+
+    def constant(self, value: ir.Value | None, places: int) -> ir.Value:
+        """The float constant ``value`` on a grid."""
+        array = constant_array(value)
+        assert array is not None
+        codes = np.rint(array.astype(np.float64) * 2.0**places)
+        check_bound(float(np.abs(codes).max(initial=0)), "a constant", str(value.name))  # type: ignore[union-attr]
+        return self.emit.int32(codes.astype(np.int32), f"{value.name}.integer")  # type: ignore[union-attr]
+
+    def places(self, value: ir.Value) -> int:
+        found = self.grids.places.get(str(value.name))
+        if found is None:
+            raise Refused(f"calibration has not seen '{value.name}'")
+        return found
+
+    def bound(self, value: ir.Value) -> int:
+        return self.grids.bound(str(value.name))
+
+    # ----------------------------------------------------------------------- making
+
+    def put(self, node: ir.Node, value: ir.Value, bound: int, places: int | None = None) -> None:
+        """Note ``value`` as the integers of the first output of ``node``."""
+        result = node.outputs[0]
+        value.shape = result.shape
+        self.held[id(result)] = Wide(value, self.places(result) if places is None else places, bound)
+
+    def scaled(self, sums: Sums, name: str) -> Wide:
+        """``sums`` on the grid of the value ``name``."""
+        places, bound = self.grids.places[name], self.grids.bound(name)
+        if sums.rows is None:
+            value = self.emit.requantize(sums.value, sums.bound, sums.factor * 2.0**places, -bound, bound)
+            return Wide(value, places, bound)
+        return Wide(self._scaled_rows(sums, sums.rows, places, bound), places, bound)
+
+    def _scaled_rows(self, sums: Sums, rows: Rows, places: int, bound: int) -> ir.Value:
+        """In two steps: by the columns' factors to nearly 30 bits, then by each row's step, and to the grid."""
+        emit = self.emit
+        scale = sums.factor * 2.0 ** (places - rows.places + 33 - rows.bits)
+        excess = max(0, math.ceil(math.log2(sums.bound * float(np.abs(scale).max()) / (LIMIT - 1))))
+        most = LIMIT - 1
+        middle = emit.requantize(sums.value, sums.bound, scale / 2.0**excess, -most, most)
+        end = bound >> excess
+        value = emit.put("Requantize", [middle, rows.step, rows.divisor], low=-end, high=end)
+        return emit.put("Mul", [value, emit.int32(2**excess)]) if excess else value
+
+    def _entered(self, value: ir.Value) -> Wide:
+        """A float value that comes from outside, rounded to its grid."""
+        if value.dtype not in FLOATS:
+            raise Refused(f"'{value.name}' is no float")
+        places, bound = self.places(value), self.bound(value)
+        step = self.emit.constant(np.asarray(2.0**places, np.float32), "step")
+        ends = [self.emit.constant(np.asarray(end, np.float32), "end") for end in (-bound, bound)]
+        real = ir.DataType.FLOAT
+        scaled = self.emit.put("Mul", [value, step], real)
+        inside = self.emit.put("Clip", [scaled, *ends], real)
+        return Wide(self.emit.cast(self.emit.put("Round", [inside], real), ir.DataType.INT32), places, bound)
+
+    def real(self, value: ir.Value) -> ir.Value:
+        """``value`` as floats, for a node that stays float or an output."""
+        held = self.held.get(id(value))
+        if held is None:
+            return value
+        if id(value) not in self._real:
+            if isinstance(held, Codes):
+                self._real[id(value)] = self.emit.float_of_codes(held)
+            else:
+                self._real[id(value)] = self.emit.float_of(self.wide(value))
+        return self._real[id(value)]
+
+
+def convert(model: ir.Model, ctx: Context, settings: Settings, rules: dict[str, Rule]) -> Converter:
+    """Bring ``model`` to integers in place, as far as there are ``rules`` by operator."""
+    grids = find_grids(ctx, model)
+    converter = Converter(model, ctx, grids, settings)
+    with naming(model):
+        for node in list(model.graph):
+            converter.emit.node = node
+            _convert_node(converter, node, rules)
+        _give_out(converter)
+    common.RemoveUnusedNodesPass()(model)
+    converter.floats = [(node, why) for node, why in converter.floats if node.graph is not None]
+    for node, why in converter.floats:
+        ctx.ledger.skip(layer_name(node), f"{node.op_type} stays float: {why}", original_name(node))
+    return converter
+
+
+def _convert_node(converter: Converter, node: ir.Node, rules: dict[str, Rule]) -> None:
+    rule = rules.get(node.op_type)
+    touches = any(v is not None and v.dtype in FLOATS for v in (*node.inputs, *node.outputs))
+    if not touches or all(constant_array(v) is not None for v in node.outputs):
+        return
+    if rule is None:
+        _stay_float(converter, node, "it has no integer form")
+        return
+    try:
+        rule(converter, node)
+    except Refused as error:
+        _stay_float(converter, node, str(error))
+
+
+def _stay_float(converter: Converter, node: ir.Node, why: str) -> None:
+    """Leave ``node``; what it reads in integers is brought back to real numbers."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and isinstance(converter.held.get(id(value)), Wide | Sums | Codes):
+            node.replace_input_with(index, converter.real(value))
+    converter.floats.append((node, why))
+
+
+def _give_out(converter: Converter) -> None:
+    """Let the outputs of the graph come from integers."""
+    graph = converter.model.graph
+    for place, value in enumerate(graph.outputs):
+        if id(value) not in converter.held:
+            continue
+        node = value.producer()
+        assert node is not None
+        converter.emit.node = node
+        made = converter.real(value)
+        name, made.shape, made.type = value.name, value.shape, value.type
+        value.name, made.name = f"{name}.float", name
+        graph.outputs[place] = made

@@ -1,0 +1,168 @@
+"""The fixed-point grid of every float value: how many binary places it has.
+
+Values that are added, or only moved, share one grid, so that no operator is spent between them. A grid holds what
+calibration saw with ``HEADROOM`` to spare; beyond that a value saturates, which is what makes overflow impossible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.observers import not_finite, sequences
+from qcompile.graph.edits import constant_array
+from qcompile.graph.functions import is_op
+from qcompile.pipeline import Context
+
+MOVES = ("Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Flatten")
+SAME = (*MOVES, "Add", "Sub", "Concat", "Clip", "Gelu", "Silu", "Relu", "RotaryEmbedding", "Where")
+ATTENTIONS = ("Attention", "GroupedAttention")
+WIDE_BITS, NARROW_BITS = 28, 15  # of the bound; narrow where a product with 14 places follows
+HEADROOM, NARROW_HEADROOM = 8.0, 2.0
+MOST_PLACES, GATE_PLACES = 30, 24
+TINY = 1e-9
+
+
+class Extremes:
+    """Smallest and largest value over real tokens: of each channel of each head (H, d) where ``heads``, else of all."""
+
+    def __init__(self, heads: bool) -> None:
+        self._heads = heads
+        self.lo: np.ndarray | None = None
+        self.hi: np.ndarray | None = None
+
+    def update(self, array: np.ndarray, mask: np.ndarray | None) -> None:
+        """``array``: (B, H, S, d) with heads; ``mask``: bool (B, S)."""
+        if self._heads:
+            tokens = array.transpose(0, 2, 1, 3)
+            found = [
+                tokens[mask]
+                if mask is not None and mask.shape == tokens.shape[:2]
+                else tokens.reshape(-1, *tokens.shape[2:])
+            ]
+        else:
+            found = [rows.reshape(-1) for rows in sequences(array, mask)]
+        for rows in found:
+            if rows.size:
+                lo, hi = rows.min(axis=0), rows.max(axis=0)
+                self.lo = lo if self.lo is None else np.minimum(self.lo, lo)
+                self.hi = hi if self.hi is None else np.maximum(self.hi, hi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grids:
+    """places: by value name; extremes: (lo, hi) by value name, (H, d) for what an attention reads."""
+
+    places: dict[str, int]
+    extremes: dict[str, tuple[np.ndarray, np.ndarray]]
+    narrow: frozenset[str]
+
+    def bound(self, name: str) -> int:
+        """What |value| of an int32 on the grid of ``name`` is kept below."""
+        return int(2 ** (NARROW_BITS if name in self.narrow else WIDE_BITS))
+
+
+def data_operands(node: ir.Node) -> list[ir.Value]:
+    """The operands of ``node`` that carry what the model computes: no mask, table of positions or constant."""
+    count = 3 if is_op(node, *ATTENTIONS) else 1 if is_op(node, "RotaryEmbedding") else len(node.inputs)
+    values = [v for v in node.inputs[:count] if v is not None]
+    kind = ir.DataType.UINT8 if is_op(node, "DequantizeLinear") else ir.DataType.FLOAT
+    return [v for v in values if v.dtype == kind and constant_array(v) is None]
+
+
+def carried(graph: ir.Graph) -> list[ir.Value]:
+    """The float values between inputs and outputs that are computed from data, in graph order."""
+    wanted: set[int] = set()
+    pending = [v for v in graph.outputs if v.dtype == ir.DataType.FLOAT]
+    while pending:
+        value = pending.pop()
+        if id(value) in wanted:
+            continue
+        wanted.add(id(value))
+        if (node := value.producer()) is not None:
+            pending.extend(data_operands(node))
+    found = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+    return [v for v in found if id(v) in wanted and v.dtype == ir.DataType.FLOAT]
+
+
+def find_grids(ctx: Context, model: ir.Model) -> Grids:
+    """Stream the samples once, and choose a grid for every value that carries data."""
+    values = [v for v in carried(model.graph) if not _is_weight(v)]
+    heads = {str(v.name) for node in model.graph if is_op(node, *ATTENTIONS) for v in data_operands(node)}
+    seen = {str(v.name): Extremes(v.name in heads) for v in values}
+    for sample, arrays in ctx.runner.stream(model, ctx.samples, list(seen), "calibrating"):
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise not_finite(model, name, array)
+            seen[name].update(array, None if sample.mask is None else np.asarray(sample.mask, bool))
+    extremes = {name: (e.lo, e.hi) for name, e in seen.items() if e.lo is not None and e.hi is not None}
+    groups = _Groups(values)
+    narrow = _narrow(values)
+    places: dict[str, int] = {}
+    held_narrow: set[str] = set()
+    for group in groups.all():
+        names = [str(v.name) for v in group]
+        reach = max(TINY, *(float(np.abs(extremes[n]).max()) for n in names if n in extremes), TINY)
+        tight = any(name in narrow for name in names)
+        bits, headroom = (NARROW_BITS, NARROW_HEADROOM) if tight else (WIDE_BITS, HEADROOM)
+        most = min(_most_places(v) for v in group)
+        places |= dict.fromkeys(names, min(bits - math.ceil(math.log2(reach * headroom)), most))
+        held_narrow |= set(names) if tight else set()
+    return Grids(places, extremes, frozenset(held_narrow))
+
+
+def _is_weight(value: ir.Value) -> bool:
+    node = value.producer()
+    return is_op(node, "DequantizeLinear") and constant_array(node.inputs[0]) is not None  # type: ignore[union-attr]
+
+
+def _most_places(value: ir.Value) -> int:
+    """What the operators that read ``value`` take: GELU a unit below 2^25, a norm an epsilon below 2^29 units^2."""
+    most = MOST_PLACES
+    for node in (use.node for use in value.uses()):
+        if is_op(node, "Gelu", "Silu", "Tanh"):
+            most = min(most, GATE_PLACES)
+        if is_op(node, "LayerNormalization", "RMSNormalization") and node.inputs[0] is value:
+            epsilon = max(node.attributes["epsilon"].as_float(), 1e-30)
+            most = min(most, math.floor((29 - math.log2(epsilon)) / 2))
+    return most
+
+
+def _narrow(values: Iterable[ir.Value]) -> set[str]:
+    """The values that a rotary embedding reads or makes."""
+    found = set()
+    for value in values:
+        node = value.producer()
+        if is_op(node, "RotaryEmbedding"):
+            found |= {str(value.name), str(node.inputs[0].name)}  # type: ignore[union-attr]
+    return found
+
+
+class _Groups:
+    """Values that share a grid."""
+
+    def __init__(self, values: list[ir.Value]) -> None:
+        self._values = {id(v): v for v in values}
+        self._parent = {key: key for key in self._values}
+        for value in values:
+            node = value.producer()
+            if is_op(node, *SAME):
+                for operand in data_operands(node):  # type: ignore[arg-type]
+                    if id(operand) in self._values:
+                        self._parent[self._root(id(value))] = self._root(id(operand))
+
+    def _root(self, key: int) -> int:
+        while self._parent[key] != key:
+            self._parent[key] = self._parent[self._parent[key]]
+            key = self._parent[key]
+        return key
+
+    def all(self) -> list[list[ir.Value]]:
+        found: dict[int, list[ir.Value]] = {}
+        for key, value in self._values.items():
+            found.setdefault(self._root(key), []).append(value)
+        return list(found.values())

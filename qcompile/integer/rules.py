@@ -1,0 +1,326 @@
+"""What each operator of the quantised graph becomes in integers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.graph.canonical import match
+from qcompile.graph.edits import constant_array
+from qcompile.integer import attention, positions
+from qcompile.integer.convert import Converter, Refused, Rule
+from qcompile.integer.emit import check_bound
+from qcompile.integer.grids import MOVES
+from qcompile.integer.values import Codes, Rows, Sums, Table, Weight, Wide
+from qcompile.quant.integer import fit
+
+NORM_PLACES = 20  # of a normalised row
+NORM_BOUND = 2**26
+GATE_PLACES = 15  # of what lies between -1 and 1
+CODE_PLACES = 21  # zeros behind a code, so that scaling it rounds late
+U8, I8, I32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
+
+
+# --------------------------------------------------------------------------- codes
+
+
+def quantize(c: Converter, node: ir.Node) -> None:
+    """QuantizeLinear with one scale: codes of the grid's numbers."""
+    x = c.wide(node.inputs[0])
+    scale, zero = constant_array(node.inputs[1]), constant_array(node.inputs[2])
+    if scale is None or zero is None or scale.size != 1:
+        raise Refused("activations have one scale for each channel")
+    step, middle = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+    steps = c.emit.requantize(x.value, x.bound, np.float64(2.0**-x.places / step), -middle, 255 - middle)
+    codes = c.emit.cast(c.emit.put("Add", [steps, c.emit.int32(middle)]), U8)
+    c.held[id(node.outputs[0])] = Codes(codes, step, middle)
+
+
+def dequantize(c: Converter, node: ir.Node) -> None:
+    """DequantizeLinear of codes, of a weight's matrix or of a table."""
+    source = node.inputs[0]
+    held = c.held.get(id(source))
+    if isinstance(held, Codes):
+        c.held[id(node.outputs[0])] = held
+        return
+    codes, scale = constant_array(source), constant_array(node.inputs[1])
+    if codes is None or scale is None or source is None:
+        raise Refused("codes that are not quantised here")
+    zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if zero is not None and zero.any():
+        raise Refused("weights have zero points")
+    if codes.ndim != 2 or codes.dtype != np.int8 or match.int_attribute(node, "block_size", 0):
+        raise Refused("weights have one scale for each group of rows")
+    result = node.outputs[0]
+    if match.int_attribute(node, "axis", 1) % 2 == 1:
+        c.held[id(result)] = Weight(source, codes, np.broadcast_to(scale, codes.shape[1:]))
+    else:
+        c.held[id(result)] = Table(source, codes, np.broadcast_to(scale, codes.shape[:1]))
+
+
+def per_token(c: Converter, node: ir.Node) -> None:
+    """The range of each token, found in integers."""
+    x = c.wide(node.inputs[0])
+    levels = int(node.attributes["levels"].as_float())
+    symmetric = node.op_type == "FakeQuantizePerTokenSymmetric"
+    bits = (levels + 1).bit_length() - 1 + (1 if symmetric else 0)
+    op = "QuantizePerTokenIntegerSymmetric" if symmetric else "QuantizePerTokenInteger"
+    made = c.emit.put_all(op, [x.value], [U8, I32, I32, I32], bits=bits)
+    made[0].shape = node.outputs[0].shape
+    c.held[id(node.outputs[0])] = Rows(made[0], made[1], made[2], made[3], x.places, bits)
+
+
+# --------------------------------------------------------------------------- products
+
+
+def product(c: Converter, node: ir.Node) -> None:
+    """MatMul of codes and a constant matrix."""
+    x, w = c.get(node.inputs[0]), c.get(node.inputs[1])
+    if not isinstance(w, Weight) or not isinstance(x, Codes | Rows):
+        raise Refused("a product of numbers that are not both codes")
+    matrix = c.emit.put("Transpose", [w.source], I8, perm=[1, 0]) if w.transposed else w.source
+    sizes = np.abs(w.codes.astype(np.int64)).sum(axis=0)
+    if isinstance(x, Codes):
+        steps = max(x.zero, 255 - x.zero)
+        zero = c.emit.constant(np.asarray(x.zero, np.uint8), "zero")
+        sums = c.emit.put("MatMulInteger", [x.value, matrix, zero])
+        factor = w.scale.astype(np.float64) * x.scale
+        held = Sums(sums, factor, int(steps * sizes.max()))
+    else:
+        raw = c.emit.put("MatMulInteger", [x.codes, matrix])
+        columns = w.codes.astype(np.int64).sum(axis=0).astype(np.int32)
+        shift = c.emit.put("Mul", [x.zero, c.emit.int32(columns, "column_sums")])
+        sums = c.emit.put("Sub", [raw, shift])
+        held = Sums(sums, w.scale.astype(np.float64), int(255 * sizes.max() * 2), x)
+    check_bound(held.bound, "the sum of a product", str(node.name))
+    c.held[id(node.outputs[0])] = held
+
+
+def transpose(c: Converter, node: ir.Node) -> None:
+    held = c.held.get(id(node.inputs[0]))
+    if isinstance(held, Table):
+        if held.scale is None:
+            raise Refused("a float table as a matrix")
+        c.held[id(node.outputs[0])] = Weight(held.source, held.array.T, held.scale, transposed=True)
+        return
+    move(c, node)
+
+
+# --------------------------------------------------------------------------- sums and elementwise
+
+
+def add(c: Converter, node: ir.Node) -> None:
+    left, right = node.inputs
+    for value, other in ((left, right), (right, left)):
+        if constant_array(other) is not None:
+            _add_constant(c, node, value, other)
+            return
+    result = node.outputs[0]
+    places, bound = c.places(result), c.bound(result)
+    operands = [c.emit.rescaled(c.wide(v), places, bound) for v in (left, right)]
+    total = c.emit.put(node.op_type, [operand.value for operand in operands])
+    c.put(node, c.emit.clip(total, -bound, bound), bound)
+
+
+def _add_constant(c: Converter, node: ir.Node, value: ir.Value | None, constant: ir.Value | None) -> None:
+    held, array = c.get(value), constant_array(constant)
+    assert array is not None
+    result = node.outputs[0]
+    sign = -1.0 if node.op_type == "Sub" else 1.0
+    if node.op_type == "Sub" and value is not node.inputs[0]:
+        raise Refused("a constant minus numbers")
+    if isinstance(held, Sums) and held.rows is None and array.size in (1, held.factor.size):
+        bias = np.rint(sign * array.astype(np.float64).reshape(-1) / held.factor)
+        limit = held.bound + float(np.abs(bias).max())
+        if limit < 2**31:
+            total = c.emit.put("Add", [held.value, c.emit.int32(bias.astype(np.int32), "bias")])
+            c.held[id(result)] = Sums(total, held.factor, int(limit))
+            return
+    x = c.emit.rescaled(c.wide(value), c.places(result), c.bound(result))
+    bound = c.bound(result)
+    total = c.emit.put(node.op_type, [x.value, c.constant(constant, x.places)])
+    c.put(node, c.emit.clip(total, -bound, bound), bound)
+
+
+def multiply(c: Converter, node: ir.Node) -> None:
+    left, right = node.inputs
+    for value, other in ((left, right), (right, left)):
+        array = constant_array(other)
+        if array is not None:
+            scale(c, node, c.wide(value), array.astype(np.float64))
+            return
+    a, b = c.wide(left), c.wide(right)
+    result = node.outputs[0]
+    places, bound = c.places(result), c.bound(result)
+    c.put(node, product_of(c, a, b, places, bound), bound)
+
+
+def scale(c: Converter, node: ir.Node, x: Wide, factor: np.ndarray) -> None:
+    """x times constants that broadcast to it."""
+    result = node.outputs[0]
+    places, bound = c.places(result), c.bound(result)
+    value = c.emit.requantize(x.value, x.bound, factor * 2.0 ** (places - x.places), -bound, bound)
+    c.put(node, value, bound)
+
+
+def product_of(c: Converter, a: Wide, b: Wide, places: int, bound: int) -> ir.Value:
+    """a * b on a grid; b in 15 bits."""
+    narrow = 2 ** max(0, b.bound.bit_length() - 15)
+    divisor = 2.0 ** (a.places + b.places - places - 16) / narrow
+    lift = max(0, -math.floor(math.log2(divisor)))
+    end = bound >> lift
+    made = c.emit.put(
+        "MultiplyWide", [a.value, b.value], narrow=narrow, divisor=int(divisor * 2**lift), low=-end, high=end
+    )
+    return c.emit.put("Mul", [made, c.emit.int32(2**lift)]) if lift else made
+
+
+def activation(c: Converter, node: ir.Node) -> None:
+    x = c.wide(node.inputs[0])
+    kind = node.attributes.get("approximate")
+    op = "IntegerGeluTanh" if kind is not None and kind.as_string() == "tanh" else f"Integer{node.op_type}"
+    made = c.emit.put(op, [x.value], unit=2**x.places)
+    c.put(node, made, x.bound, x.places)
+
+
+def relu(c: Converter, node: ir.Node) -> None:
+    x = c.wide(node.inputs[0])
+    c.put(node, c.emit.put("Max", [x.value, c.emit.int32(0)]), x.bound, x.places)
+
+
+def tanh(c: Converter, node: ir.Node) -> None:
+    x = c.wide(node.inputs[0])
+    made = Wide(c.emit.put("IntegerTanh", [x.value], unit=2**x.places), GATE_PLACES, 2**GATE_PLACES)
+    result = node.outputs[0]
+    found = c.emit.rescaled(made, c.places(result), c.bound(result))
+    c.put(node, found.value, found.bound)
+
+
+def clip(c: Converter, node: ir.Node) -> None:
+    x = c.wide(node.inputs[0])
+    value = x.value
+    for op, end in zip(("Max", "Min"), node.inputs[1:], strict=False):
+        if end is not None:
+            value = c.emit.put(op, [value, c.constant(end, x.places)])
+    c.put(node, value, x.bound, x.places)
+
+
+# --------------------------------------------------------------------------- norms and tables
+
+
+def norm(c: Converter, node: ir.Node) -> None:
+    """The row is normalised; gain and offset follow in one rescaling."""
+    x = c.wide(node.inputs[0])
+    op = "IntegerLayerNorm" if node.op_type == "LayerNormalization" else "IntegerRMSNorm"
+    epsilon = round(float(node.attributes["epsilon"].as_float()) * 4.0**x.places)
+    normal = c.emit.put(op, [x.value], epsilon=min(epsilon, 2**29 - 1))
+    gain = constant_array(node.inputs[1])
+    offset = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if gain is None:
+        raise Refused("the gain of a norm is computed")
+    result = node.outputs[0]
+    places, bound = c.places(result), c.bound(result)
+    value = c.emit.requantize(
+        normal, NORM_BOUND, gain.astype(np.float64) * 2.0 ** (places - NORM_PLACES), -bound, bound
+    )
+    if offset is not None and offset.any():
+        value = c.emit.clip(c.emit.put("Add", [value, c.constant(node.inputs[2], places)]), -bound, bound)
+    c.put(node, value, bound)
+
+
+def gather(c: Converter, node: ir.Node) -> None:
+    """Rows of a table."""
+    table, rows = node.inputs
+    result = node.outputs[0]
+    axis = match.int_attribute(node, "axis", 0)
+    held, array = c.held.get(id(table)), constant_array(table)
+    if isinstance(held, Wide):
+        c.put(node, c.emit.put("Gather", [held.value, rows], axis=axis), held.bound, held.places)
+        return
+    places, bound = c.places(result), c.bound(result)
+    if array is not None and axis == 0:
+        codes = np.rint(array.astype(np.float64) * 2.0**places)
+        if np.abs(codes).max() > bound:
+            raise Refused("a table reaches further than calibration saw")
+        constant = c.emit.constant(codes.astype(np.int32), f"{result.name}.table")
+        c.put(node, c.emit.put("Gather", [constant, rows], axis=0), bound)
+        return
+    if not isinstance(held, Table) or held.scale is None or axis:
+        raise Refused("a table that is not constant")
+    picked = c.emit.cast(c.emit.put("Gather", [held.source, rows], I8, axis=0), I32)
+    wide = c.emit.put("Mul", [picked, c.emit.int32(2**CODE_PLACES)])
+    m, d, lift = fit(held.scale.astype(np.float64)[:, None] * 2.0 ** (places - CODE_PLACES))
+    if lift:
+        raise Refused("a table's scales are too large for its grid")
+    m, d = np.broadcast_to(m, (len(held.scale), 1)), np.broadcast_to(d, (len(held.scale), 1))
+    each = [c.emit.put("Gather", [c.emit.int32(np.ascontiguousarray(v), f"{result.name}.scale"), rows], axis=0)
+            for v in (m, d)]  # fmt: skip
+    c.put(node, c.emit.put("Requantize", [wide, *each], low=-bound, high=bound), bound)
+
+
+def rotary(c: Converter, node: ir.Node) -> None:
+    x = c.wide(node.inputs[0])
+    try:
+        turns = [positions.factors(v, c.emit, c.settings.positions) for v in node.inputs[1:3] if v is not None]
+    except positions.NoTable as error:
+        raise Refused(f"its cosines are no function of one position: {error}") from error
+    made = c.emit.put("IntegerRotaryEmbedding", [x.value, *turns])
+    c.put(node, made, 2 * x.bound, x.places)
+
+
+def move(c: Converter, node: ir.Node) -> None:
+    """The same operator on the integers."""
+    if constant_array(node.inputs[0]) is not None:
+        result = node.outputs[0]
+        x = Wide(c.constant(node.inputs[0], c.places(result)), c.places(result), c.bound(result))
+    else:
+        x = c.wide(node.inputs[0])
+    attributes = {a.name: a.value for a in node.attributes.values()}
+    made = c.emit.put_all(node.op_type, [x.value, *node.inputs[1:]], [I32] * len(node.outputs), **attributes)
+    for old, new in zip(node.outputs, made, strict=True):
+        new.shape = old.shape
+        c.held[id(old)] = Wide(new, x.places, x.bound)
+
+
+def concat(c: Converter, node: ir.Node) -> None:
+    result = node.outputs[0]
+    places, bound = c.places(result), c.bound(result)
+    parts = [c.emit.rescaled(c.wide(v), places, bound).value for v in node.inputs]
+    c.put(node, c.emit.put("Concat", parts, axis=match.int_attribute(node, "axis", 0)), bound)
+
+
+def shape(c: Converter, node: ir.Node) -> None:
+    """The shape of integers is that of the numbers."""
+    held = c.held.get(id(node.inputs[0]))
+    if isinstance(held, Wide | Sums | Codes):
+        node.replace_input_with(0, held.value)
+
+
+RULES: dict[str, Rule] = {
+    "QuantizeLinear": quantize,
+    "DequantizeLinear": dequantize,
+    "FakeQuantizePerToken": per_token,
+    "FakeQuantizePerTokenSymmetric": per_token,
+    "MatMul": product,
+    "Add": add,
+    "Sub": add,
+    "Mul": multiply,
+    "Gelu": activation,
+    "Silu": activation,
+    "Clip": clip,
+    "Relu": relu,
+    "Tanh": tanh,
+    "LayerNormalization": norm,
+    "RMSNormalization": norm,
+    "Gather": gather,
+    "RotaryEmbedding": rotary,
+    "Attention": attention.attention,
+    "GroupedAttention": attention.attention,
+    "Concat": concat,
+    "Shape": shape,
+    "Size": shape,
+    **dict.fromkeys(MOVES, move),
+    "Transpose": transpose,
+}
