@@ -109,6 +109,8 @@ class Step:
         needs = spans.needs_of(self.ins)
         low, high = limits = spans.limits(dtype)
         least, most = reach or (int(lo.min()), int(hi.max()))
+        if any(one.kind == "unbounded" for one in self.complaints):
+            return spans.full(dtype, dims)
         if least < low or most > high:
             name = "" if dtype is None else dtype.name.lower()
             self.complain(kind, f"may reach {shown(least, most)}, {name} holds {shown(*limits)}", needs)
