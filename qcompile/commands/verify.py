@@ -117,7 +117,10 @@ def _show(proof: IntegerProof) -> None:
     show("floats at the boundary", [(c.side, c.value, c.operator) for c in proof.boundary])
     show("taken for granted", [(text,) for text in proof.assumptions])
     found = proof.all_findings
-    rows = [(f.kind, f.node or f.value, f.layer if f.layer != f.node else "", f.text, f.hint) for f in found[:SHOWN]]
-    show("findings", rows, ("kind", "node", "layer", "what", "hint"))
+    rows = [
+        (f.kind, f.node or f.value, f.layer if f.layer != f.node else "", f"{f.text}; {f.hint}" if f.hint else f.text)
+        for f in found[:SHOWN]
+    ]
+    show("findings", rows, ("kind", "node", "layer", "what"))
     if len(found) > SHOWN:
         click.echo(f"  and {len(found) - SHOWN} more")

@@ -63,7 +63,7 @@ def _split(step: Step) -> list[Span]:
         if counts is None:
             part = Dim(0, dims[axis].hi, dims[axis].needs)
             lo, hi = spans.collapsed(x, [axis])
-            made.append(moved(step, x, with_axis(dims, axis, part), lo, hi))
+            made.append(moved(x, with_axis(dims, axis, part), lo, hi))
             continue
         made.append(_cut(step, x, axis, slice(start, start + counts[place]), exactly(counts[place])))
         start += counts[place]
@@ -88,7 +88,7 @@ def _cut(step: Step, x: Span, axis: int, part: slice, size: Dim) -> Span:
     if lo.shape[axis] > 1:
         lo, hi = lo[place], hi[place]
     move: Move | None = (lambda a: a[place]) if dims[axis].size is not None else None
-    return moved(step, x, with_axis(dims, axis, size), lo, hi, move)
+    return moved(x, with_axis(dims, axis, size), lo, hi, move)
 
 
 def _slice(step: Step) -> list[Span]:
@@ -103,7 +103,7 @@ def _slice(step: Step) -> list[Span]:
             dim = dims[axis]
             lo, hi = spans.collapsed(x, [axis])
             part = Dim(0, dim.hi, dim.needs)
-            x = moved(step, x, with_axis(dims_of(x), axis, part), lo, hi)
+            x = moved(x, with_axis(dims_of(x), axis, part), lo, hi)
         else:
             x = _one_slice(step, x, axis, starts[place], stops[place], steps[place])
     return [x]
@@ -126,7 +126,7 @@ def _one_slice(step: Step, x: Span, axis: int, start: int, stop: int, stride: in
         return _cut(step, x, axis, part, exactly(len(range(dim.size)[part])))
     size = dim if (start, stride) == (0, 1) and stop >= spans.LARGEST_DIM else _sliced(dim, start, stop, stride)
     lo, hi = spans.collapsed(x, [axis])
-    return moved(step, x, with_axis(dims_of(x), axis, size), lo, hi)
+    return moved(x, with_axis(dims_of(x), axis, size), lo, hi)
 
 
 def _sliced(dim: Dim, start: int, stop: int, stride: int) -> Dim:
@@ -166,12 +166,12 @@ def _pad(step: Step) -> list[Span]:
         filler = step.option(2)
         low, high = (ends([0]), ends([0])) if filler is None else (filler.lo, filler.hi)
         lo, hi = np.minimum(lo, low), np.maximum(hi, high)
-    return [moved(step, x, tuple(target), lo, hi)]
+    return [moved(x, tuple(target), lo, hi)]
 
 
 def _trilu(step: Step) -> list[Span]:
     x = step.x()
-    return [moved(step, x, dims_of(x), np.minimum(x.lo, 0), np.maximum(x.hi, 0))]
+    return [moved(x, dims_of(x), np.minimum(x.lo, 0), np.maximum(x.hi, 0))]
 
 
 RULES: dict[str, Rule] = {

@@ -43,10 +43,14 @@ class Crossing:
 
 @dataclasses.dataclass
 class Types:
-    """What a graph holds: how many nodes of each kind, the floats at its boundary, and the findings."""
+    """What a graph holds: how many nodes of each kind, the floats at its boundary, and the findings.
+
+    ``loose``: float inputs and constants that anything but an opaque operator reads.
+    """
 
     kinds: dict[str, int]
     values: int
+    loose: int
     boundary: list[Crossing]
     findings: list[Finding]
     extensions: dict[str, int]  # operators of other domains whose operands are all integer
@@ -56,7 +60,7 @@ def check_types(model: ir.Model, *, optimised: bool = False) -> Types:
     """Look at every value, constant and attribute of ``model`` (functions inlined, types inferred), subgraphs too."""
     graphs = [graph for graph in model.graphs() if isinstance(graph, ir.Graph)]
     edge = _Boundary(model.graph, _FUSED_LEAVES if optimised else _LEAVES)
-    found = Types({INTEGER: 0, BOUNDARY: 0, OPAQUE: 0, FLOAT: 0}, 0, [], [], {})
+    found = Types({INTEGER: 0, BOUNDARY: 0, OPAQUE: 0, FLOAT: 0}, 0, 0, [], [], {})
     extensions: collections.Counter[str] = collections.Counter()
     for graph in graphs:
         for value in _constants_and_inputs(graph):
@@ -93,6 +97,7 @@ def _check_value(value: ir.Value, node: ir.Node | None, edge: _Boundary, found: 
             Crossing(edge.allowed[value], str(value.name), _op(node), "" if node is None else str(node.name))
         )
     else:
+        found.loose += node is None and not _only_opaque(value)
         readers = edge.offenders(value)
         what = f"{_what(value, node)} is {value.dtype.name.lower()}"
         found.findings.append(finding("float", node, value, f"{what}{readers}"))
@@ -135,12 +140,22 @@ def _is_integer(node: ir.Node) -> bool:
     return all(spans.is_integer(value.dtype) for value in values if value.name or value.uses())
 
 
+def _is_opaque(node: ir.Node) -> bool:
+    return node.op_type in _OPAQUE or node.op_type.startswith(_OPAQUE_NAMES)
+
+
+def _only_opaque(value: ir.Value) -> bool:
+    """Whether nothing but opaque operators reads ``value``: their scales are theirs."""
+    return bool(value.uses()) and all(_is_opaque(node) for node, _ in value.uses())
+
+
 def _kind(node: ir.Node, edge: _Boundary, flagged: bool) -> str:
     if node in edge.nodes:
         return BOUNDARY
     if node.op_type == "Constant":
+        flagged = flagged and not _only_opaque(node.outputs[0])
         return FLOAT if flagged else INTEGER
-    if node.op_type in _OPAQUE or node.op_type.startswith(_OPAQUE_NAMES):
+    if _is_opaque(node):
         return OPAQUE
     if flagged or not _is_integer(node):
         return FLOAT

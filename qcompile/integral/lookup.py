@@ -92,6 +92,19 @@ def _scatter_nd(step: Step) -> list[Span]:
     return [_overwritten(step, data, updates)]
 
 
+def _gather_nd(step: Step) -> list[Span]:
+    data, index = step.x(0), step.x(1)
+    dims, places = _ranks(data, index)
+    first, depth = step.number("batch_dims", 0), places[-1].size if places else None
+    if depth is None or first + depth > len(dims):
+        raise UnreadableError("how many axes are indexed is unknown")
+    for axis in range(depth):
+        what = f"the index into axis {first + axis}"
+        _check_index(step, _column(index, len(places), axis), dims[first + axis], what)
+    lo, hi = spans.collapsed(data)
+    return [spans.span(step.dtype(), places[:-1] + dims[first + depth :], lo, hi, data.needs)]
+
+
 def _column(index: Span, rank: int, place: int) -> Span:
     """The ``place``-th of the last axis of a tuple index."""
     lo, hi = (spans.padded(end, rank) for end in (index.lo, index.hi))
@@ -121,6 +134,7 @@ def _non_zero(step: Step) -> list[Span]:
 RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "NonZero": _non_zero,

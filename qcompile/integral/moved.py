@@ -9,7 +9,7 @@ import numpy as np
 
 from qcompile.integral import spans
 from qcompile.integral.spans import Dim, Dims, Span
-from qcompile.integral.step import Step, UnreadableError
+from qcompile.integral.step import UnreadableError
 
 Move = Callable[[np.ndarray], np.ndarray]
 
@@ -20,9 +20,9 @@ def dims_of(x: Span) -> Dims:
     return x.dims
 
 
-def moved(step: Step, x: Span, dims: Dims, lo: np.ndarray, hi: np.ndarray, move: Move | None = None) -> Span:
+def moved(x: Span, dims: Dims, lo: np.ndarray, hi: np.ndarray, move: Move | None = None) -> Span:
     """What ``x`` is after a move to ``dims``; ``move`` makes the same of a constant as a view."""
-    made = spans.span(x.dtype, dims, lo, hi, spans.needs_of(step.ins))
+    made = spans.span(x.dtype, dims, lo, hi, x.needs)
     tensor = move(x.tensor) if move is not None and x.tensor is not None else None
     return dataclasses.replace(made, tensor=tensor)
 

@@ -28,7 +28,7 @@ def _transpose(step: Step) -> list[Span]:
     if not order:
         return _identity(step)
     lo, hi = (spans.padded(end, len(dims)).transpose(order) for end in (x.lo, x.hi))
-    return [moved(step, x, tuple(dims[i] for i in order), lo, hi, lambda a: a.transpose(order))]
+    return [moved(x, tuple(dims[i] for i in order), lo, hi, lambda a: a.transpose(order))]
 
 
 def _reshaped(step: Step, x: Span, target: Dims) -> Span:
@@ -37,7 +37,7 @@ def _reshaped(step: Step, x: Span, target: Dims) -> Span:
     shape = spans.sizes(target)
     if lo is None or hi is None:
         lo, hi = spans.collapsed(x)
-    return moved(step, x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))
+    return moved(x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))
 
 
 def _laid_out(array: np.ndarray, dims: Dims, target: Dims) -> np.ndarray | None:
@@ -144,7 +144,7 @@ def _squeeze(step: Step) -> list[Span]:
     lo, hi = (end.reshape([end.shape[i] for i in kept] or [1]) for end in (lo, hi))
     target = tuple(dims[i] for i in kept)
     shape = spans.sizes(target)
-    return [moved(step, x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))]
+    return [moved(x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))]
 
 
 def _unsqueeze(step: Step) -> list[Span]:
@@ -159,7 +159,7 @@ def _unsqueeze(step: Step) -> list[Span]:
     target = tuple(exactly(1) if i is None else dims[i] for i in order)
     lo, hi = (end.reshape([1 if i is None else end.shape[i] for i in order]) for end in (lo, hi))
     shape = spans.sizes(target)
-    return [moved(step, x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))]
+    return [moved(x, target, lo, hi, None if shape is None else lambda a: a.reshape(shape))]
 
 
 def _expand(step: Step) -> list[Span]:
@@ -171,7 +171,7 @@ def _expand(step: Step) -> list[Span]:
     asked = tuple(spans.sized(low, high, shape.needs) for low, high in zip(lows, highs, strict=True))
     dims = spans.broadcast(x.dims, asked)
     assert dims is not None
-    return [moved(step, x, dims, x.lo, x.hi)]
+    return [moved(x, dims, x.lo, x.hi)]
 
 
 def _tile(step: Step) -> list[Span]:
@@ -184,7 +184,7 @@ def _tile(step: Step) -> list[Span]:
     target = tuple(
         spans.product((dim, n)) if i in changed else dim for i, (dim, n) in enumerate(zip(dims, times, strict=True))
     )
-    return [moved(step, x, target, lo, hi)]
+    return [moved(x, target, lo, hi)]
 
 
 RULES: dict[str, Rule] = {

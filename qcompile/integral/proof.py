@@ -121,7 +121,7 @@ def prove(path: Path, bounds: Mapping[str, int] | None = None, *, levels: Sequen
 
 def grade(types: Types, ready: Prepared) -> str:
     """A, B, C or none, as ``GRADES`` says; a function of another domain is opaque: a runtime may have a kernel."""
-    if types.kinds[FLOAT] or any(one.kind == "float" and not one.node for one in types.findings):
+    if types.kinds[FLOAT] or types.loose:
         return "none"
     if types.kinds[OPAQUE] or ready.foreign or types.findings or ready.findings:
         return "C"

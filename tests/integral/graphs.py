@@ -19,7 +19,7 @@ from qcompile.integral.prepared import prepared
 
 ROWS, WIDTH = 4, 3  # of the input: up to 4 rows (the dynamic dim B) of 3 columns
 EDGES = (-(2**31), 2**31 - 1, -(2**31) + 1, -65536, -129, -128, -3, -2, -1, 0, 1, 2, 3, 7, 127, 128, 255, 65535, 2**30)
-FULL, ROW, COLUMN = "full", "row", "column"  # (B, 3), (1, 3), (B, 1)
+FULL, ROW, COLUMN, ONE = "full", "row", "column", "one"  # (B, 3), (1, 3), (B, 1), a single number
 
 _number = st.one_of(st.sampled_from(EDGES), st.integers(-40, 40), st.integers(-(2**31), 2**31 - 1))
 _small = st.integers(-9, 9)
@@ -32,6 +32,7 @@ class Builder:
     draw: Callable[[st.SearchStrategy[Any]], Any]
     nodes: list[onnx.NodeProto] = dataclasses.field(default_factory=list)
     constants: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
+    constant_kinds: dict[str, str] = dataclasses.field(default_factory=dict)
     kinds: dict[str, str] = dataclasses.field(default_factory=lambda: {"x": FULL, "z": FULL})
 
     def constant(self, array: Any, dtype: type = np.int32) -> str:
@@ -55,7 +56,10 @@ class Builder:
         """A constant: one number, or one a column."""
         size = self.draw(st.sampled_from([(), (WIDTH,), (1, WIDTH)]))
         count = int(np.prod(size))
-        return self.constant(np.array(self.draw(st.lists(elements, min_size=count, max_size=count))).reshape(size))
+        values = self.draw(st.lists(elements, min_size=count, max_size=count))
+        name = self.constant(np.array(values).reshape(size))
+        self.constant_kinds[name] = ROW if size else ONE
+        return name
 
     def clipped(self, name: str, low: int, high: int) -> str:
         lower = self.op("Max", name, self.constant(low))
@@ -65,17 +69,16 @@ class Builder:
         """A value or constant that is nowhere 0 (nor -1: INT_MIN / -1 traps)."""
         if self.draw(st.booleans()):
             return self.numbers(st.one_of(st.integers(1, 2**31 - 1), st.integers(1, 9), st.integers(-(2**31), -2)))
-        name = self.any()
-        return str(
-            self.op("Max", name, self.constant(1))
-            if self.draw(st.booleans())
-            else self.op("Min", name, self.constant(-2))
-        )
+        source = self.any()
+        positive = self.draw(st.booleans())
+        name: str = self.op("Max" if positive else "Min", source, self.constant(1 if positive else -2))
+        self.constant_kinds[name] = self.kinds[source]
+        return name
 
     def joint(self, *names: str) -> str:
         """The kind of an elementwise result."""
-        kinds = {self.kinds.get(name, ROW) for name in names}
-        return kinds.pop() if len(kinds) == 1 else FULL
+        kinds = {{**self.constant_kinds, **self.kinds}.get(name, ONE) for name in names} - {ONE}
+        return FULL if len(kinds) > 1 else kinds.pop() if kinds else ONE
 
 
 Snippet = Callable[[Builder], None]
@@ -138,16 +141,14 @@ def _reduction(b: Builder) -> None:
 
 def _choice(b: Builder) -> None:
     x, y, p, q = b.any(), b.any(), b.any(), b.any()
-    test = b.draw(st.sampled_from(["Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"]))
-    c = b.op(test, x, b.numbers() if b.draw(st.booleans()) else y)
+    other = b.numbers() if b.draw(st.booleans()) else y
+    c = b.op(b.draw(st.sampled_from(["Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"])), x, other)
+    made = [x, other]
     if b.draw(st.booleans()):
         c = b.op(b.draw(st.sampled_from(["And", "Or", "Xor"])), c, b.op("Not", b.op("Less", y, x)))
-    b.keep(b.op("Where", c, p, q), FULL if FULL in map(b.kinds.get, (x, y, p, q)) else _spread(b, c, p, q))
-    b.keep(b.op("Cast", c, to=TensorProto.INT32), FULL)
-
-
-def _spread(b: Builder, *names: str) -> str:
-    return FULL
+        made.append(y)
+    b.keep(b.op("Where", c, p, q), b.joint(*made, p, q))
+    b.keep(b.op("Cast", c, to=TensorProto.INT32), b.joint(*made))
 
 
 def _cast(b: Builder) -> None:
@@ -255,7 +256,7 @@ def _running(b: Builder) -> None:
 def _place(b: Builder) -> None:
     x = b.any(FULL)
     best = b.op("ArgMax", x, axis=b.draw(st.integers(0, 1)), keepdims=0)
-    b.keep(b.op("Cast", b.op("ReduceMax", best, b.constant([0], np.int64)), to=TensorProto.INT32), ROW)
+    b.keep(b.op("Cast", b.op("ReduceMax", best, b.constant([0], np.int64)), to=TensorProto.INT32), ONE)
     values, _ = b.op("TopK", x, b.constant([b.draw(st.integers(1, WIDTH))], np.int64), outputs=2)
     b.keep(b.op("ReduceMin", values, b.constant([1], np.int64)), COLUMN)
 

@@ -31,7 +31,8 @@ BINARY = {
 }  # fmt: skip
 UNARY = {
     "Neg": ({}, INT32), "Abs": ({}, INT32), "Sign": ({}, INT32), "Relu": ({}, INT32), "BitwiseNot": ({}, INT32),
-    "Not": ({}, BOOL), "Identity": ({}, INT32), "Cast": ({"to": BOOL}, INT32), "Cast.wide": ({"to": TensorProto.INT64}, INT32),
+    "Not": ({}, BOOL), "Identity": ({}, INT32), "Cast": ({"to": BOOL}, INT32),
+    "Cast.wide": ({"to": TensorProto.INT64}, INT32),
 }  # fmt: skip
 
 

@@ -8,12 +8,15 @@ import pytest
 
 from tests.integral.programs import kinds, proof
 
-CLEAN = "g (int32[4] x) => (int32[4] y) <int32 top = {1000}, int32 low = {-1000}> { a = Min (x, top) b = Max (a, low) y = Add (b, b) }"
+CLEAN = (
+    "g (int32[4] x) => (int32[4] y) <int32 top = {1000}, int32 low = {-1000}> "
+    "{ a = Min (x, top) b = Max (a, low) y = Add (b, b) }"
+)
 
 # What is planted, and the value, node or attribute that the finding names.
 PLANTED = {
     "constant": (
-        "g (int32[4] x) => (int32[4] y) <int32 c = {2}, float f = {0.5}> { z = Mul (f, f) i = Cast <to = 6> (z) y = Max (x, i) }",
+        "g (int32[4] x) => (int32[4] y) <float f = {0.5}> { z = Mul (f, f) i = Cast <to = 6> (z) y = Max (x, i) }",
         "'f' is float",
     ),
     "hidden_cast": (
@@ -26,7 +29,8 @@ PLANTED = {
     "float8": ("g (int8[4] x) => (int32[4] y) { f = Cast <to = 17> (x) y = Cast <to = 6> (f) }", "'f' is float8e4m3fn"),
     "alpha": ("g (float[4] x) => (float[4] y) { y = LeakyRelu <alpha = 0.1> (x) }", "attribute 'alpha' is 0.1"),
     "value_float": (
-        "g (int8[4] x) => (int32[4] y) { f = Constant <value_float = 2.5> () i = Cast <to = 6> (f) c = Cast <to = 6> (x) y = Max (c, i) }",
+        "g (int8[4] x) => (int32[4] y) { f = Constant <value_float = 2.5> () "
+        "i = Cast <to = 6> (f) c = Cast <to = 6> (x) y = Max (c, i) }",
         "'f' is float",
     ),
     "float_shape_filler": (

@@ -10,7 +10,10 @@ from qcompile.integral.prepared import prepared
 from tests.integral.programs import ends, intervals, kinds, parsed
 
 X = "g (int32[B, T, 8] x) => (int32[B, T, 8] y)"
-SMALL = "<int32 top = {1000}, int32 low = {-1000}, int32 one = {1}, int32 two = {2}, int32 zero = {0}, int64[1] last = {-1}>"
+SMALL = (
+    "<int32 top = {1000}, int32 low = {-1000}, int32 one = {1}, int32 two = {2}, int32 zero = {0}, "
+    "int64[1] last = {-1}>"
+)
 CLIP = "s = Min (x, top) v = Max (s, low)"
 
 
@@ -101,12 +104,12 @@ PLANTED = {
         "{ v = Min (x, t) w = Max (v, t) y = ReduceSum <keepdims = 0> (w, a) }",
     ),
     "partial_sums": (  # the sum is 0, but in some order 2^31 is reached on the way
-        "g (bool[4] p) => (int32 y) <int32[4] t = {2000000000, 2000000000, -2000000000, -2000000000}, int64[1] a = {0}> "
-        "{ w = Where (p, t, t) y = ReduceSum <keepdims = 0> (w, a) }",
+        "g (bool[4] p) => (int32 y) <int32[4] t = {2000000000, 2000000000, -2000000000, -2000000000}, "
+        "int64[1] a = {0}> { w = Where (p, t, t) y = ReduceSum <keepdims = 0> (w, a) }",
         "overflow",
         "may reach -4000000000..4000000000",
-        "g (bool[4] p) => (int32 y) <int32[4] t = {1000000000, 1000000000, -1000000000, -1000000000}, int64[1] a = {0}> "
-        "{ w = Where (p, t, t) y = ReduceSum <keepdims = 0> (w, a) }",
+        "g (bool[4] p) => (int32 y) <int32[4] t = {1000000000, 1000000000, -1000000000, -1000000000}, "
+        "int64[1] a = {0}> { w = Where (p, t, t) y = ReduceSum <keepdims = 0> (w, a) }",
     ),
     "deep_product": (
         "g (uint8[M, 70000] x, int8[70000, 4] w) => (int32[M, 4] y) { y = MatMulInteger (x, w) }",
@@ -194,12 +197,13 @@ EXACT = {
         (-128 * 5 - 127, 127 * 3 + 128 * 3)  # of the second column, of the first,
     ),
     "columns": (
-        "g (uint8[M, 3] x) => (int32[M, 2] y) <int8[3, 2] w = {1, -1, 2, 2, -3, 3}, uint8 z = {128}, int8[2] o = {0, 1}> "
-        "{ y = MatMulInteger (x, w, z, o) }",
+        "g (uint8[M, 3] x) => (int32[M, 2] y) <int8[3, 2] w = {1, -1, 2, 2, -3, 3}, uint8 z = {128}, "
+        "int8[2] o = {0, 1}> { y = MatMulInteger (x, w, z, o) }",
         (-128 * 3 - 127 * 3, 127 * 3 + 128 * 3),
     ),
     "convolution": (
-        "g (uint8[1, 1, 9] x) => (int32[1, 2, 7] y) <int8[2, 1, 3] w = {1, 2, 3, -1, -1, 4}> { y = ConvInteger (x, w) }",
+        "g (uint8[1, 1, 9] x) => (int32[1, 2, 7] y) <int8[2, 1, 3] w = {1, 2, 3, -1, -1, 4}> "
+        "{ y = ConvInteger (x, w) }",
         (-510, 1530),
     ),
     "table": (
