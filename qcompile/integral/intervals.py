@@ -164,7 +164,7 @@ class _Walk:
             self.node(node)
 
     def node(self, node: ir.Node) -> None:
-        ins = [None if value is None else self.found.spans.get(value) for value in node.inputs]
+        ins = [None if value is None else self.of(value) for value in node.inputs]
         step = Step(node, ins, [self.inferred(value) for value in node.outputs], self.found.spans)
         made = self.made(step)
         proven = not step.complaints
@@ -178,6 +178,9 @@ class _Walk:
             self.found.operators.setdefault(node.op_type, OperatorBounds()).add(made, proven)
         if proven:
             self.measure(node, step, made)
+
+    def of(self, value: ir.Value) -> Span:
+        return self.found.spans.get(value) or spans.full(value.dtype, None)
 
     def made(self, step: Step) -> list[Span]:
         """The spans of the outputs; anything at all, with a complaint, where the node cannot be analysed."""

@@ -39,8 +39,9 @@ def _gather(step: Step) -> list[Span]:
     target = dims[:axis] + places + dims[axis + 1 :]
     needs = data.needs
     lo, hi = (spans.padded(end, len(dims)) for end in (data.lo, data.hi))
-    chosen = spans.ints(index) if spans.sizes(places) is not None else None
-    if lo.shape[axis] == 1:
+    varies = lo.shape[axis] > 1
+    chosen = spans.ints(index) if varies and spans.sizes(places) is not None else None
+    if not varies:
         lo, hi = (_opened(end, axis, len(places)) for end in (lo, hi))
     elif chosen is not None and all(-dims[axis].lo <= i < dims[axis].lo for i in chosen):
         shape = [int(dim.lo) for dim in places]

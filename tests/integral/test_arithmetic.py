@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ BOXES = np.array([pair for pair in itertools.product(NUMBERS, NUMBERS) if pair[0
 INT32, BOOL, UINT32 = TensorProto.INT32, TensorProto.BOOL, TensorProto.UINT32
 
 # operator: its attributes, the type of its operands, whether the rule gives the exact hull of what can come out
-BINARY = {
+BINARY: dict[str, tuple[dict[str, Any], int, bool]] = {
     "Add": ({}, INT32, True), "Sub": ({}, INT32, True), "Mul": ({}, INT32, True), "Max": ({}, INT32, True),
     "Min": ({}, INT32, True), "Less": ({}, INT32, True), "LessOrEqual": ({}, INT32, True),
     "Greater": ({}, INT32, True), "GreaterOrEqual": ({}, INT32, True), "Equal": ({}, INT32, True),
@@ -29,7 +30,7 @@ BINARY = {
     "Mod": ({}, INT32, False), "Mod.c": ({"fmod": 1}, INT32, False),
     "BitShift": ({"direction": "LEFT"}, UINT32, True), "BitShift.right": ({"direction": "RIGHT"}, UINT32, True),
 }  # fmt: skip
-UNARY = {
+UNARY: dict[str, tuple[dict[str, Any], int]] = {
     "Neg": ({}, INT32), "Abs": ({}, INT32), "Sign": ({}, INT32), "Relu": ({}, INT32), "BitwiseNot": ({}, INT32),
     "Not": ({}, BOOL), "Identity": ({}, INT32), "Cast": ({"to": BOOL}, INT32),
     "Cast.wide": ({"to": TensorProto.INT64}, INT32),
@@ -37,7 +38,7 @@ UNARY = {
 
 
 def observed(
-    node: tuple[str, dict[str, object], int], boxes: list[np.ndarray], more: list[np.ndarray] | None = None
+    node: tuple[str, dict[str, Any], int], boxes: list[np.ndarray], more: list[np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The rule's ends and those of what ONNX Runtime computes, one a column; a column has a box of operands."""
     name, attributes, dtype = node

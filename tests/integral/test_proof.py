@@ -11,7 +11,8 @@ import pytest
 
 from qcompile import manifest
 from qcompile.errors import UserError
-from qcompile.integral.proof import LEVELS, IntegerProof, prove
+from qcompile.integral.optimised import LEVELS
+from qcompile.integral.proof import IntegerProof, prove
 from tests.integral.programs import kinds, parsed, proof
 
 PRODUCT = "m = MatMulInteger (x, w, z)"
