@@ -28,8 +28,12 @@ def open_session(
     threads: int | None = None,
     literal_qdq: bool = False,
     optimised_path: Path | None = None,
+    level: str = "all",
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on CPU.
+
+    ``level``: how far it optimises, "basic", "extended" or "all"; ``optimised_path``: where it writes the
+    outcome, with large weights in a file beside.
 
     ``literal_qdq`` executes QuantizeLinear/DequantizeLinear as written instead of fusing them into
     integer kernels; weights are then dequantised once, when the session is made.
@@ -41,8 +45,12 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if literal_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
     if optimised_path is not None:
         options.optimized_model_filepath = str(optimised_path)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimised_path.name}.data"
+        )
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

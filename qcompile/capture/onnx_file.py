@@ -44,12 +44,9 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
     not fit; for weights that are not finite.
     """
     path = Path(path)
+    model = read_onnx(path)
     with _where(path), _quiet():
-        model = _read(path)
         interface = _interface(model)
-        check_opset(model)
-        _check_wired(model, path)
-        check_tensors(model)
         remember(model)
         _normalise(model)
         widen(model, workspace)
@@ -60,6 +57,19 @@ def load_onnx(path: Path, workspace: Workspace) -> ir.Model:
         check_weights(model)
         inline_small(model)
     workspace.adopt(model)
+    return model
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """The model in ``path`` as it is written, checked; its weights stay where they are, mapped when read.
+
+    Raises UserError as ``load_onnx`` does, but for weights, which are not looked at.
+    """
+    with _where(path), _quiet():
+        model = _read(path)
+        check_opset(model)
+        _check_wired(model, path)
+        check_tensors(model)
     return model
 
 

@@ -32,7 +32,7 @@ class Emitter:
 
     def constant(self, array: np.ndarray, hint: str = "c") -> ir.Value:
         """An initializer; equal ones are shared."""
-        key = (str(array.dtype), hashlib.blake2b(np.ascontiguousarray(array)).digest(), array.shape)
+        key = (str(array.dtype), hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data).digest(), array.shape)
         if key not in self._held:
             self._held[key] = new_initializer(self.model, hint, array, self.workspace)
         return self._held[key]
