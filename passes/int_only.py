@@ -11,6 +11,7 @@ source:   I-LLM, arXiv 2405.17849: DI-Exp with guard bits and a quadratic, defer
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -21,13 +22,16 @@ from qcompile.integer.convert import Settings, convert
 from qcompile.integer.rules import RULES
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
+from qcompile.proof.prepared import BOUNDS
+
+MOST_ROWS = 1024  # of a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class IntOnly(Pass):
     """Options:
 
-    positions: the longest text, in tokens, that a rotary embedding has a table for
+    positions: the longest text, in tokens, that rotary embeddings have tables for and sums are proven for
     probability_bits: of attention weights, 8 or 16
     strict: an operator without an integer form is an error
     """
@@ -51,5 +55,15 @@ class IntOnly(Pass):
             more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""
             what = f"{node.op_type} of '{layer_name(node)}'{more} would stay float: {why}"
             raise UserError(what, hint="leave out strict to keep it float")
+        model.metadata_props[BOUNDS] = json.dumps(self._bounds(model))
         ctx.ledger.current.facts["float operators"] = len(converter.floats)
         return len(converter.held)
+
+    def _bounds(self, model: ir.Model) -> dict[str, int]:
+        """The largest sizes that the program is proven for, by the name of the axis."""
+        found: dict[str, int] = {}
+        for value in model.graph.inputs:
+            for axis, size in enumerate(value.shape or ()):
+                if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                    found.setdefault(str(size.value), MOST_ROWS if axis == 0 else self.positions)
+        return found

@@ -21,7 +21,7 @@ from qcompile.integer.emit import LIMIT
 from qcompile.integer.values import Wide
 from qcompile.quant.integer import ATTENTION16_FRACTION, ATTENTION_FRACTION
 
-U8, I8, I32, I64 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
+U8, I8, I32, BOOL = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.BOOL
 TOP = 127
 MIDDLE = 128
 BALANCE = 0.5  # the share of a key channel's size that moves to the query's
@@ -70,16 +70,19 @@ class _Attention:
         values = self._codes(v, v_middle, TOP / v_reach)
         per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
         steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -TOP, TOP)
-        queries = emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8)
-        scores = self._product(queries, emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2]), MIDDLE)
+        queries = self._split(emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8), U8)
+        turned = emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2])
+        scores = self._product(queries, self._beside(turned, I8), MIDDLE)
         scale = float(self.node.attributes["scale"].as_float())
-        unit = np.repeat(q_step * k_step * scale, self.groups)  # of one score, by head
-        parts, total = self._weights(scores, mask, np.log(2) / unit)
-        sums = [self._product(part, values, 0) for part in parts]
+        parts, total = self._weights(scores, self._beside(mask, BOOL), np.log(2) / (q_step * k_step * scale))
+        beside = self._beside(values, I8)
+        sums = [self._product(part, beside, 0) for part in parts]
         mixed, unit_places = self._mean(sums, total)
         places, bound = self.c.places(self.node.outputs[0]), self.c.bound(self.node.outputs[0])
+        most = (TOP + 1) << unit_places
+        mixed = emit.clip(mixed, -most, most)
         each = np.repeat(v_reach / TOP, self.groups, axis=0) * 2.0 ** (places - unit_places)
-        result = emit.requantize(mixed, (TOP + 1) << unit_places, self._shaped(each), -bound, bound)
+        result = emit.requantize(self._joined(mixed), most, self._shaped(each), -bound, bound)
         offset = np.rint(np.repeat(v_middle, self.groups, axis=0) * 2.0**places).astype(np.int32)
         return emit.clip(emit.put("Add", [result, emit.int32(self._shaped(offset))]), -bound, bound)
 
@@ -103,25 +106,28 @@ class _Attention:
         steps = self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -TOP, TOP)
         return self.emit.cast(steps, I8)
 
+    def _split(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
+        """(B, H, S, n) -> (B, heads, groups, S, n)"""
+        shape = self.emit.int64s(0, self.heads, self.groups, -1, self.width)
+        return self.emit.put("Reshape", [x, shape], kind) if self.groups > 1 else x
+
+    def _beside(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
+        """(B, heads, S, n), or a mask -> (B, heads, 1, S, n)"""
+        return self.emit.put("Unsqueeze", [x, self.emit.int64s(2)], kind) if self.groups > 1 else x
+
+    def _joined(self, x: ir.Value) -> ir.Value:
+        """(B, heads, groups, S, d) -> (B, H, S, d)"""
+        shape = self.emit.int64s(0, self.heads * self.groups, -1, self.width)
+        return self.emit.put("Reshape", [x, shape]) if self.groups > 1 else x
+
     def _product(self, left: ir.Value, right: ir.Value, zero: int) -> ir.Value:
-        """(B, H, S, K) uint8 times (B, heads, K, N) int8; the queries of one head of keys stand below each other."""
-        emit = self.emit
-        inputs = [left, right, emit.constant(np.asarray(zero, np.uint8), "zero")]
-        if self.groups == 1:
-            return emit.put("MatMulInteger", inputs)
-        heads, all_heads = emit.int64s(0, self.heads), emit.int64s(0, self.heads * self.groups)
-        free = emit.int64s(-1)
-        inner = emit.put("Shape", [left], I64, start=3, end=4)
-        columns = emit.put("Shape", [right], I64, start=3, end=4)
-        stacked = emit.put("Concat", [heads, free, inner], I64, axis=0)
-        inputs[0] = emit.put("Reshape", [left, stacked], U8)
-        back = emit.put("Concat", [all_heads, free, columns], I64, axis=0)
-        return emit.put("Reshape", [emit.put("MatMulInteger", inputs), back])
+        return self.emit.put("MatMulInteger", [left, right, self.emit.constant(np.asarray(zero, np.uint8), "zero")])
 
     def _weights(self, scores: ir.Value, mask: ir.Value, period: np.ndarray) -> tuple[Sequence[ir.Value], ir.Value]:
-        """Codes of the softmax (two bytes each where they have 16 bits) and their sum; period (H,)."""
+        """Codes of the softmax (two bytes each where they have 16 bits) and their sum; period (heads,)."""
         lift = max(0, PERIOD_BITS - math.floor(math.log2(float(period.min()))))
-        units = np.minimum(np.rint(period * 2.0**lift), 2**16 - 1).astype(np.int32)[None, :, None, None]
+        units = np.minimum(np.rint(period * 2.0**lift), 2**16 - 1).astype(np.int32)
+        units = units.reshape(1, -1, *(1 for _ in range(2 if self.groups == 1 else 3)))
         inputs = [scores, mask, self.emit.int32(units)]
         if self.c.settings.probability_bits == 8:
             found = self.emit.put_all("IntegerSoftmax", inputs, [U8, I32], lift=2**lift)

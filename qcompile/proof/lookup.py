@@ -10,12 +10,19 @@ from qcompile.proof.step import Rule, Step, UnreadableError, shown
 
 
 def _check_index(step: Step, index: Span, dim: Dim, what: str = "the index") -> None:
-    """Complain where ``index`` may leave an axis of size ``dim``; one that the caller feeds is his to keep."""
+    """Complain where ``index`` may leave an axis of size ``dim``; one that the caller feeds is his to keep.
+
+    An index below the largest size of an axis that varies is compared with its size at run time, by the runtime.
+    """
     if index.least >= -dim.lo and index.most < dim.lo:
         return
     inside = f"0..{dim.lo - 1}" if dim.size is not None else f"an axis of {dim.lo} elements or more"
     if index.source:
         step.assumptions.append(f"input '{index.source}' indexes '{_name(step)}' inside {inside}")
+        return
+    if dim.size is None and dim.hi is not None and -dim.hi <= index.least and index.most < dim.hi:
+        named = dim.name or f"an axis of '{_name(step)}'"
+        step.assumptions.append(f"{what} {shown(index.least, index.most)} of '{_name(step)}' is inside '{named}'")
         return
     step.complain("index", f"{what} may be {shown(index.least, index.most)}, outside {inside}", index.needs | dim.needs)
 
