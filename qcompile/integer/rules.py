@@ -244,7 +244,7 @@ def gather(c: Converter, node: ir.Node) -> None:
         codes = np.rint(array.astype(np.float64) * 2.0**places)
         if np.abs(codes).max() > bound:
             raise Refused("a table reaches further than calibration saw")
-        constant = c.emit.constant(codes.astype(np.int32), f"{table.name}.integer")
+        constant = c.emit.constant(codes.astype(np.int32), f"{table.name}.integer")  # type: ignore[union-attr]
         c.put(node, c.emit.put("Gather", [constant, rows], axis=0), bound)
         return
     if not isinstance(held, Table) or held.scale is None or axis:
