@@ -107,15 +107,24 @@ class Converter:
         return Wide(self._scaled_rows(sums, sums.rows, places, bound), places, bound)
 
     def _scaled_rows(self, sums: Sums, rows: Rows, places: int, bound: int) -> ir.Value:
-        """In two steps: by the columns' factors to nearly 30 bits, then by each row's step, and to the grid."""
+        """In two steps: by the columns' factors to nearly 30 bits, then by each row's step, and to the grid.
+
+        What the first step leaves out is put back behind the second for rows that are large, where their last bits do
+        not count, and in it for all others.
+        """
         emit = self.emit
         scale = sums.factor * 2.0 ** (places - rows.places + 33 - rows.bits)
         excess = max(0, math.ceil(math.log2(sums.bound * float(np.abs(scale).max()) / (LIMIT - 1))))
         most = LIMIT - 1
         middle = emit.requantize(sums.value, sums.bound, scale / 2.0**excess, -most, most)
-        end = bound >> excess
-        value = emit.put("Requantize", [middle, rows.step, rows.divisor], low=-end, high=end)
-        return emit.put("Mul", [value, emit.int32(2**excess)]) if excess else value
+        if not excess:
+            return emit.put("Requantize", [middle, rows.step, rows.divisor], low=-bound, high=bound)
+        end, power = bound >> excess, emit.int32(2**excess)
+        coarse = emit.put("Requantize", [middle, rows.step, rows.divisor], low=-end, high=end)
+        less = emit.put("Max", [emit.put("Div", [rows.divisor, power]), emit.int32(1)])
+        fine = emit.put("Requantize", [middle, rows.step, less], low=-bound, high=bound)
+        large = emit.put("Less", [rows.divisor, power], ir.DataType.BOOL)
+        return emit.put("Where", [large, emit.put("Mul", [coarse, power]), fine])
 
     def _entered(self, value: ir.Value) -> Wide:
         """A float value that comes from outside, rounded to its grid."""
