@@ -98,9 +98,10 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[list[
 
 
 def _runner(path: Path, feeds: protocol.Arrays, threads: int) -> Callable[[], Any]:
+    from qcompile.calibration.library import library_beside
     from qcompile.calibration.runner import open_session
 
-    session = open_session(path, threads=threads)
+    session = open_session(path, threads=threads, library=library_beside(path))
     wanted = {i.name for i in session.get_inputs()}
     return functools.partial(session.run, None, {k: v for k, v in feeds.items() if k in wanted})
 
