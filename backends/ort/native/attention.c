@@ -60,20 +60,6 @@ static int softmax_rows(const void *data, int64_t first, int64_t last) {
     return 1;
 }
 
-/* Steps of an operand that broadcasts to the shape ``dims``. */
-static OrtStatus *steps_of(const Tensor *x, const int64_t *dims, int rank, int64_t *steps) {
-    int64_t step = 1;
-    if (x->rank > rank) return failure("qcompile: an operand has more dimensions than the scores");
-    for (int axis = rank - 1; axis >= 0; axis--) {
-        int own = axis - rank + x->rank;
-        int64_t size = own < 0 ? 1 : x->dims[own];
-        if (size != 1 && size != dims[axis]) return failure("qcompile: an operand does not broadcast to the scores");
-        steps[axis] = size == 1 ? 0 : step;
-        step *= size;
-    }
-    return NULL;
-}
-
 static OrtStatus *softmax_of(const Call *call, int bits, const uint16_t *table) {
     Tensor scores, mask, period;
     TRY(input(call, 0, &scores));

@@ -1,16 +1,18 @@
 /* --------------------------------------------------------------------------- to another grid
  * Rescale: y = clip(requantize(clip(x + before, floor, ceiling) * lift) + after, least, most), operands broadcast.
- * Each operand is brought to a row of its own values, so that one loop serves all ways to broadcast. */
+ * Each operand is brought to rows of its own values, so that one loop serves all ways to broadcast. */
 
-enum { X, BEFORE, MULTIPLIER, DIVISOR, AFTER };
+enum { X, BEFORE, MULTIPLIER, DIVISOR, AFTER, BLOCK = 1024 };
 
 typedef struct { int32_t floor, ceiling, lift, low, high, least, most; int kind; } Grid;
 
+/* Rows are taken in blocks along the axis before the last, so that narrow ones are worth a loop. */
 typedef struct {
     Grid grid;
     Tensor operand[MOST_OPERANDS];
-    int64_t step[MOST_OPERANDS][MOST_DIMS], dims[MOST_DIMS], width;
-    int rank, spread[MOST_OPERANDS];
+    int64_t step[MOST_OPERANDS][MOST_DIMS], dims[MOST_DIMS], width, height, block, blocks;
+    int rank;
+    int32_t *shifts; /* of the divisors */
     void *out;
 } Rescale;
 
@@ -31,65 +33,63 @@ LEVELS static void rescale_row8(Row r, Grid g, int64_t n, uint8_t *restrict y) {
 }
 
 static OrtStatus *broadcast(Rescale *job) {
-    job->rank = 0;
+    job->rank = 2;
     for (int i = 0; i < MOST_OPERANDS; i++) job->rank = most_of(job->rank, job->operand[i].rank);
     for (int axis = 0; axis < job->rank; axis++) {
         job->dims[axis] = 1;
         for (int i = 0; i < MOST_OPERANDS; i++) {
-            int own = axis - job->rank + job->operand[i].rank;
-            int64_t size = own < 0 ? 1 : job->operand[i].dims[own];
+            int64_t size = size_at(&job->operand[i], axis, job->rank);
             if (size != 1 && job->dims[axis] != 1 && size != job->dims[axis])
                 return failure("qcompile: operands of Rescale do not broadcast");
             if (size != 1) job->dims[axis] = size;
         }
     }
-    job->width = job->rank ? job->dims[job->rank - 1] : 1;
-    for (int i = 0; i < MOST_OPERANDS; i++) {
-        int64_t step = 1;
-        for (int axis = job->rank - 1; axis >= 0; axis--) {
-            int own = axis - job->rank + job->operand[i].rank;
-            int64_t size = own < 0 ? 1 : job->operand[i].dims[own];
-            job->step[i][axis] = size == 1 ? 0 : step;
-            step *= size;
-        }
-        job->spread[i] = job->width > 1 && job->step[i][job->rank - 1] == 0; /* one value for the whole row */
-    }
+    for (int i = 0; i < MOST_OPERANDS; i++) TRY(steps_of(&job->operand[i], job->dims, job->rank, job->step[i]));
+    job->width = job->dims[job->rank - 1];
+    job->height = job->dims[job->rank - 2];
+    job->block = clipped64(BLOCK / most_of64(job->width, 1), 1, most_of64(job->height, 1));
+    job->blocks = (job->height + job->block - 1) / job->block;
     return NULL;
 }
 
-static int rescale_rows(const void *data, int64_t first, int64_t last) {
-    const Rescale *job = data;
-    int64_t width = job->width, at[MOST_DIMS] = {0}, offset[MOST_OPERANDS] = {0};
-    int32_t *buffer = malloc(sizeof(int32_t) * (size_t)width * (MOST_OPERANDS + 1));
-    const int32_t *from[MOST_OPERANDS] = {0}, *row[MOST_OPERANDS];
-    int32_t *shift = buffer + MOST_OPERANDS * width;
-    if (!buffer) return 0;
-    int64_t rest = first;
-    for (int axis = job->rank - 2; axis >= 0; axis--) {
-        at[axis] = rest % job->dims[axis];
-        rest /= job->dims[axis];
-        for (int i = 0; i < MOST_OPERANDS; i++) offset[i] += at[axis] * job->step[i][axis];
+/* One operand as ``count`` rows of values without gaps: where it lies, or copied to ``buffer``. */
+static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width, int32_t *buffer) {
+    int64_t down = step[0], along = step[1];
+    if ((along || width == 1) && (count == 1 || down == width)) return source;
+    for (int64_t r = 0; r < count; r++, source += down) {
+        int32_t *row = buffer + r * width;
+        if (along) memcpy(row, source, sizeof(int32_t) * (size_t)width);
+        else for (int64_t j = 0; j < width; j++) row[j] = *source;
     }
-    for (int64_t r = first; r < last; r++) {
-        for (int i = 0; i < MOST_OPERANDS; i++) {
-            const int32_t *source = (const int32_t *)job->operand[i].data + offset[i];
-            if (source == from[i]) continue;
+    return buffer;
+}
+
+static int rescale_blocks(const void *data, int64_t first, int64_t last) {
+    const Rescale *job = data;
+    int64_t width = job->width, size = width * job->block;
+    int32_t *buffer = malloc(sizeof(int32_t) * (size_t)(size * (MOST_OPERANDS + 1) + 1));
+    const int32_t *from[MOST_OPERANDS + 1] = {0}, *row[MOST_OPERANDS + 1];
+    if (!buffer) return 0;
+    for (int64_t at = first, held = 0; at < last; at++) {
+        int64_t top = at % job->blocks * job->block, rest = at / job->blocks, start = (rest * job->height + top) * width;
+        int64_t count = job->height - top < job->block ? job->height - top : job->block, place[MOST_DIMS] = {0};
+        for (int axis = job->rank - 3; axis >= 0; axis--) {
+            place[axis] = rest % job->dims[axis];
+            rest /= job->dims[axis];
+        }
+        place[job->rank - 2] = top;
+        for (int i = 0; i <= MOST_OPERANDS; i++) {
+            int own = i < MOST_OPERANDS ? i : DIVISOR;
+            const int32_t *source = i < MOST_OPERANDS ? job->operand[i].data : job->shifts;
+            for (int axis = 0; axis < job->rank - 1; axis++) source += place[axis] * job->step[own][axis];
+            if (source == from[i] && count <= held) continue;
             from[i] = source;
-            row[i] = job->spread[i] ? buffer + i * width : source;
-            if (job->spread[i])
-                for (int64_t j = 0; j < width; j++) buffer[i * width + j] = *source;
-            if (i == DIVISOR)
-                for (int64_t j = 0; j < width; j++) shift[j] = places(source[job->spread[i] ? 0 : j]);
+            row[i] = spread(source, &job->step[own][job->rank - 2], count, width, buffer + i * size);
         }
-        Row operands = {row[X], row[BEFORE], row[MULTIPLIER], row[DIVISOR], row[AFTER], shift};
-        if (job->grid.kind == TYPE_INT32) rescale_row32(operands, job->grid, width, (int32_t *)job->out + r * width);
-        else rescale_row8(operands, job->grid, width, (uint8_t *)job->out + r * width);
-        for (int axis = job->rank - 2; axis >= 0; axis--) {
-            for (int i = 0; i < MOST_OPERANDS; i++) offset[i] += job->step[i][axis];
-            if (++at[axis] < job->dims[axis]) break;
-            for (int i = 0; i < MOST_OPERANDS; i++) offset[i] -= at[axis] * job->step[i][axis];
-            at[axis] = 0;
-        }
+        held = count;
+        Row operands = {row[X], row[BEFORE], row[MULTIPLIER], row[DIVISOR], row[AFTER], row[MOST_OPERANDS]};
+        if (job->grid.kind == TYPE_INT32) rescale_row32(operands, job->grid, count * width, (int32_t *)job->out + start);
+        else rescale_row8(operands, job->grid, count * width, (uint8_t *)job->out + start);
     }
     free(buffer);
     return 1;
@@ -97,10 +97,19 @@ static int rescale_rows(const void *data, int64_t first, int64_t last) {
 
 static OrtStatus *run_rescale(const Call *call, Rescale *job) {
     TRY(broadcast(job));
-    TRY(output(call, 0, job->dims, job->rank, &job->out));
     int64_t count = 1;
+    int rank = 0;
+    for (int i = 0; i < MOST_OPERANDS; i++) rank = most_of(rank, job->operand[i].rank);
     for (int axis = 0; axis < job->rank; axis++) count *= job->dims[axis];
-    return in_pieces(call, rescale_rows, job, job->width ? count / job->width : 0, job->width);
+    TRY(output(call, 0, job->dims + job->rank - rank, rank, &job->out));
+    const Tensor *divisor = &job->operand[DIVISOR];
+    job->shifts = malloc(sizeof(int32_t) * (size_t)(divisor->count + 1));
+    if (!job->shifts) return failure("qcompile: no memory for a kernel's rows");
+    for (int64_t i = 0; i < divisor->count; i++) job->shifts[i] = places(((const int32_t *)divisor->data)[i]);
+    int64_t outer = count ? count / (job->width * job->height) : 0;
+    OrtStatus *status = in_pieces(call, rescale_blocks, job, outer * job->blocks, job->block * job->width);
+    free(job->shifts);
+    return status;
 }
 
 static OrtStatus *rescale_as(const Call *call, int kind) {

@@ -60,6 +60,25 @@ static OrtStatus *output(const Call *call, size_t place, const int64_t *dims, in
 static int64_t columns(const Tensor *x) { return x->rank ? x->dims[x->rank - 1] : 1; }
 static int64_t rows(const Tensor *x) { return columns(x) ? x->count / columns(x) : 0; }
 
+/* The size of ``x`` along an axis of a shape of ``rank`` dimensions that it broadcasts to. */
+static int64_t size_at(const Tensor *x, int axis, int rank) {
+    int own = axis - rank + x->rank;
+    return own < 0 ? 1 : x->dims[own];
+}
+
+/* How far it is in ``x`` from one index to the next of each axis of ``dims``, to which it broadcasts. */
+static OrtStatus *steps_of(const Tensor *x, const int64_t *dims, int rank, int64_t *steps) {
+    int64_t step = 1;
+    if (x->rank > rank) return failure("qcompile: an operand has more dimensions than what it belongs to");
+    for (int axis = rank - 1; axis >= 0; axis--) {
+        int64_t size = size_at(x, axis, rank);
+        if (size != 1 && size != dims[axis]) return failure("qcompile: an operand does not broadcast");
+        steps[axis] = size == 1 ? 0 : step;
+        step *= size;
+    }
+    return NULL;
+}
+
 /* --------------------------------------------------------------------------- work in pieces */
 
 /* ``run`` does the rows first .. last - 1 of a job; false where memory is short. */
@@ -92,8 +111,10 @@ static OrtStatus *in_pieces(const Call *call, Rows run, const void *job, int64_t
 /* --------------------------------------------------------------------------- arithmetic */
 
 /* One body for each level of the processor, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__AVX512F__)
-#define LEVELS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__AVX512F__) && __GNUC__ >= 12
+#define LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__AVX2__)
+#define LEVELS __attribute__((target_clones("avx2", "default")))
 #else
 #define LEVELS
 #endif
@@ -102,6 +123,7 @@ static OrtStatus *in_pieces(const Call *call, Rows run, const void *job, int64_t
 INLINE int32_t least_of(int32_t a, int32_t b) { return a < b ? a : b; }
 INLINE int32_t most_of(int32_t a, int32_t b) { return a > b ? a : b; }
 INLINE int32_t clipped(int32_t x, int32_t low, int32_t high) { return least_of(most_of(x, low), high); }
+INLINE int64_t most_of64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t clipped64(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 INLINE int places(int64_t power) { return __builtin_ctzll((unsigned long long)power); }
 
