@@ -33,6 +33,7 @@ from qcompile.backends.ort.weight_only import Level
 from qcompile.graph.functions import DOMAIN
 from qcompile.graph.integer import BODIES
 from qcompile.pipeline import Context, Target
+from qcompile.progress import warn
 
 OPSET = 23  # Attention, RMSNormalization
 IR_VERSION = 11
@@ -82,6 +83,8 @@ class OnnxRuntimeCpu:
         if self.kernels:
             facts["kernels compiler"] = build.compiler_version()
             counts["chains"] = chains.rewrite(model, ctx.workspace)
+            if not any(node.domain == DOMAIN and node.op_type in BODIES for node in model.graph):
+                warn("kernels=1 changed nothing: only int_only writes operators that have kernels")
         _tidy(model, BODIES if self.kernels else ())
         name_products(model)
         facts["lowered"] = counts
