@@ -73,9 +73,7 @@ class OnnxRuntimeCpu:
             "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
             "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
             "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, grown),
-            "weight-only linears": weight_only.rewrite(
-                model, ctx.workspace, ctx.ledger, self.accuracy_level, grown
-            ),
+            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger, self.accuracy_level, grown),
             "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
             "float operators": floats.rewrite(model),
         }
@@ -96,9 +94,7 @@ class OnnxRuntimeCpu:
     def package(self, model: ir.Model, folder: Path) -> None:
         model.ir_version = IR_VERSION
         initializers = model.graph.initializers
-        held = {
-            name: value.const_value for name, value in initializers.items() if value.const_value is not None
-        }
+        held = {name: value.const_value for name, value in initializers.items() if value.const_value is not None}
         path = folder / "model.onnx"
         if model.functions:
             build.write_library(folder)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed --model minilm --stsb DIR --out benchmarks/results/minilm_speed
 
-One thread unless --threads says otherwise, no spinning. Trust the ratios: whatever else the machine does
-falls on all programs alike, and least on CPU time, which does not count waiting for a CPU. Programs that
---programs already holds (``accuracy`` leaves them there) are not made again.
+A row is RECIPE[:PASS+PASS][=TARGET]. One thread unless --threads says otherwise, no spinning. Trust the ratios:
+whatever else the machine does falls on all programs alike, and least on CPU time, which does not count waiting for a
+CPU. Programs that --programs already holds (``accuracy`` leaves them there) are not made again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The library of kernels that may lie beside a program: machine code, so that only the file of the manifest is loaded."""
+"""The library of kernels that may lie beside a program: machine code, and loaded only if the manifest lists it."""
 
 from __future__ import annotations
 

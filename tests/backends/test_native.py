@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tests.backends.ground import graph
 
 import qcompile
 from qcompile import cli, manifest
@@ -25,8 +25,13 @@ from qcompile.graph.integer import BODIES
 from qcompile.graph.workspace import Workspace
 from qcompile.models.architectures import cached_export
 from qcompile.proof.prove import prove
+from tests.backends.ground import graph
 
-SETTINGS = {"passes": "os_plus,int_only", "max_samples": 4, "max_length": 24}
+
+def compiled(name: str, recipe: str = "w8a8_static", passes: str = "os_plus,int_only", **options: Any) -> Any:
+    return qcompile.compile(
+        str(cached_export(name)), recipe=recipe, passes=passes, max_samples=2, max_length=16, **options
+    )
 
 
 def needs_compiler() -> None:
@@ -43,7 +48,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     name, recipe = request.param.split()
     folders = tmp_path_factory.mktemp("plain") / "out", tmp_path_factory.mktemp("native") / "out"
     for folder, target in zip(folders, ("cpu", "cpu{kernels=1}"), strict=True):
-        qcompile.compile(str(cached_export(name)), recipe=recipe, target=target, output=folder, **SETTINGS).close()
+        compiled(name, recipe, target=target, output=folder).close()
     return folders
 
 
@@ -52,7 +57,7 @@ def test_every_integer_operator_has_a_kernel() -> None:
 
 
 def test_kernels_give_what_bodies_give(pair: tuple[Path, Path]) -> None:
-    plain, native = pair
+    native = pair[1]
     programs = [open_program(folder) for folder in pair]
     inputs = ir.load(native / "model.onnx").graph.inputs
     generator = np.random.default_rng(0)
@@ -85,7 +90,9 @@ def test_the_manifest_lists_the_library_and_its_compiler(pair: tuple[Path, Path]
     assert (pair[1] / SOURCE).read_text().startswith("/* Kernels of the integer operators of qcompile")
 
 
-def test_an_unknown_library_is_not_loaded(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_library_is_not_loaded(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(pair[1], folder)
     model = folder / "model.onnx"
@@ -113,7 +120,7 @@ def test_a_file_that_is_no_library_is_told(pair: tuple[Path, Path], tmp_path: Pa
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="the kernels need a C compiler, and there is none") as caught:
-        qcompile.compile(str(cached_export("bert")), target="cpu{kernels=1}", **SETTINGS)
+        compiled("bert", target="cpu{kernels=1}")
     assert "apt install gcc" in caught.value.hint
 
 
@@ -121,16 +128,15 @@ def test_what_the_compiler_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     needs_compiler()
     monkeypatch.setattr(build, "source", lambda: "#error no such thing")
     build._compiled.cache_clear()
-    with pytest.raises(UserError, match="cannot compile the kernels: .*no such thing"):
+    with pytest.raises(UserError, match=r"cannot compile the kernels: .*no such thing"):
         build.write_library(tmp_path)
     build._compiled.cache_clear()
 
 
-def test_a_program_without_integer_operators_gets_no_library(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_program_without_integer_operators_gets_no_library(capsys: pytest.CaptureFixture[str]) -> None:
     needs_compiler()
-    settings = {**SETTINGS, "passes": "os_plus", "recipe": "w8a8_static"}
-    with qcompile.compile(str(cached_export("bert")), target="cpu{kernels=1}", **settings) as compiled:
-        assert compiled.manifest["files"].keys() == {"model.onnx"}
+    with compiled("bert", passes="os_plus", target="cpu{kernels=1}") as result:
+        assert result.manifest["files"].keys() == {"model.onnx"}
     assert "kernels=1 changed nothing" in capsys.readouterr().err
 
 
@@ -143,11 +149,10 @@ def test_the_target_is_named_with_its_options() -> None:
 # --------------------------------------------------------------------------- chains
 
 VECTOR = np.arange(8, dtype=np.int32)
-ONE, TWO = np.asarray(1, np.int32), np.asarray(2, np.int32)
 CHAINS = {
     # before, clip, lift, after, clip, cast: all in one
-    "a = Add (x, v) b = Max (a, low) c = Min (b, high) d = Mul (c, two) e = R (d, m, s) f = Add (e, two) g = Cast <to = 2> (f) "
-    "y = Cast <to = 6> (g)": ["RescaleToUint8", "Cast"],
+    "a = Add (x, v) b = Max (a, low) c = Min (b, high) d = Mul (c, two) e = R (d, m, s) f = Add (e, two) "
+    "g = Cast <to = 2> (f) y = Cast <to = 6> (g)": ["RescaleToUint8", "Cast"],
     "a = Sub (x, v) e = R (a, m, s) y = Cast <to = 6> (e)": ["Rescale"],
     "e = R (x, m, s) f = Add (x, e) g = Max (f, low) y = Min (g, high)": ["Rescale"],
     # two readers: what lies between stays
@@ -163,7 +168,12 @@ CHAINS = {
 @pytest.mark.parametrize("text", CHAINS)
 def test_chains(text: str) -> None:
     body = text.replace("R (", "qcompile.Requantize <low = -100, high = 100> (")
-    constants = {"v": VECTOR, "two": TWO, "low": np.asarray(-300, np.int32), "high": np.asarray(300, np.int32)}
+    constants = {
+        "v": VECTOR,
+        "two": np.asarray(2, np.int32),
+        "low": np.asarray(-300, np.int32),
+        "high": np.asarray(300, np.int32),
+    }
     constants |= {"m": np.asarray(2**14, np.int32), "s": np.asarray(2, np.int32)}
     model = graph(f"g (int32[t, 8] x) => (int32[t, 8] y) {{ {body} }}", **constants)
     x = np.random.default_rng(0).integers(-1000, 1000, (5, 8)).astype(np.int32)

@@ -43,7 +43,15 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
             value = node.inputs[0]
             assert value is not None
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            ends = {"floor": _LEAST, "ceiling": _MOST, "lift": 1, "low": low, "high": high, "least": _LEAST, "most": _MOST}
+            ends = {
+                "floor": _LEAST,
+                "ceiling": _MOST,
+                "lift": 1,
+                "low": low,
+                "high": high,
+                "least": _LEAST,
+                "most": _MOST,
+            }
             chain = _Chain([node], value, zero, zero, ends)
             _grow_up(chain)
             _grow_down(chain)
@@ -131,9 +139,7 @@ def _negative(array: np.ndarray) -> np.ndarray:
     return np.asarray(-array.astype(np.int64)).astype(np.int32)
 
 
-def _replace(
-    model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]
-) -> None:
+def _replace(model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]) -> None:
     def operand(value: ir.Value | np.ndarray) -> ir.Value:
         if isinstance(value, ir.Value):
             return value
