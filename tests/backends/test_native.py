@@ -74,6 +74,31 @@ def test_kernels_give_what_bodies_give(pair: tuple[Path, Path]) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_threads_share_the_work(tmp_path: Path) -> None:
+    needs_compiler()
+    text = """g (int32[b, s, 256] x, bool[b, 1, 256] flags) => (uint8[b, s, 256] codes, int32[b, s, 1] total) {
+        normal = qcompile.IntegerLayerNorm <epsilon = 5> (x)
+        gelu = qcompile.IntegerGelu <unit = 1048576> (normal)
+        turned = qcompile.RequantizeSigned <low = -500000, high = 500000> (gelu, m, s)
+        product = qcompile.MultiplyWide <narrow = 64, divisor = 1, low = -500000, high = 500000> (turned, gelu)
+        codes, total = qcompile.IntegerSoftmax <lift = 1> (product, flags, period)
+    }"""
+    m = np.random.default_rng(0).integers(-(2**15) + 1, 2**15, 256).astype(np.int32)
+    constants = {"m": m, "s": np.asarray(2, np.int32), "period": np.asarray(2**14, np.int32)}
+    model = graph(text, **constants)
+    feeds = {
+        "x": np.random.default_rng(1).integers(-(2**24), 2**24, (2, 300, 256)).astype(np.int32),
+        "flags": np.random.default_rng(2).random((2, 1, 256)) < 0.7,
+    }
+    build.write_library(tmp_path)
+    program = ir.to_proto(model).SerializeToString()
+    expected = open_session(program, threads=1).run(None, feeds)
+    for threads in (1, 3):
+        found = open_session(program, threads=threads, library=tmp_path / LIBRARY).run(None, feeds)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_the_proof_holds_with_functions_in_the_file(pair: tuple[Path, Path]) -> None:
     grades = [prove(folder / "model.onnx", levels=("basic",)) for folder in pair]
     assert [proof.grade for proof in grades] == ["A", "B"]

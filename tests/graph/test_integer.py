@@ -261,6 +261,9 @@ def test_products(shape: tuple[int, ...]) -> None:
         equal(computed("MultiplyWide", a, b, **settings), [integer.multiply_wide(a, b, **settings)])
         settings = {"narrow": narrow, "divisor": divisor, "high": 2**28}
         equal(computed("IntegerRelu2", b, **settings), [integer.relu_squared(b, **settings)])
+    settings = {"narrow": 2**14, "divisor": 2, "low": -(2**28), "high": 2**28}
+    for few, many in ((a[..., :1], b), (a, b[..., :1]), (a[:1], b)):
+        equal(computed("MultiplyWide", few, many, **settings), [integer.multiply_wide(few, many, **settings)])
 
 
 @pytest.mark.parametrize("bound", (1, 300, 2**16 - 1))

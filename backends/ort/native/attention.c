@@ -24,6 +24,19 @@ LEVELS static void softmax_places(int32_t *restrict held, int64_t n, int32_t top
     for (int64_t j = 0; j < n; j++) held[j] = least_of(divided(times(clipped(top - held[j], 0, cap), steps), by), end);
 }
 
+LEVELS static uint32_t softmax_bytes(const int32_t *weights, int64_t n, uint8_t *restrict codes) {
+    uint32_t sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += (uint32_t)weights[j];
+    for (int64_t j = 0; j < n; j++) codes[j] = (uint8_t)weights[j];
+    return sum;
+}
+
+LEVELS static uint32_t softmax_words(const int32_t *weights, int64_t n, uint8_t *restrict high, uint8_t *restrict low) {
+    uint32_t sum = softmax_bytes(weights, n, low);
+    for (int64_t j = 0; j < n; j++) high[j] = (uint8_t)(weights[j] >> 8);
+    return sum;
+}
+
 static int softmax_rows(const void *data, int64_t first, int64_t last) {
     const Softmax *job = data;
     int64_t width = job->width;
@@ -41,19 +54,9 @@ static int softmax_rows(const void *data, int64_t first, int64_t last) {
         int32_t top = softmax_top(job->scores + r * width, job->mask + mask_at, job->mask_step[job->rank - 1], width, held);
         Divisor by = divisor_of(most_of(job->period[period_at], 1 << 13));
         softmax_places(held, width, top, cap, job->lift * OCTAVE, by, end);
-        uint32_t sum = 0;
-        uint8_t *high = job->high + r * width;
-        if (job->bits == 8) {
-            for (int64_t j = 0; j < width; j++) sum += high[j] = (uint8_t)job->table[held[j]];
-        } else {
-            uint8_t *low = job->low + r * width;
-            for (int64_t j = 0; j < width; j++) {
-                uint32_t weight = job->table[held[j]];
-                sum += weight;
-                high[j] = (uint8_t)(weight >> 8);
-                low[j] = (uint8_t)weight;
-            }
-        }
+        for (int64_t j = 0; j < width; j++) held[j] = job->table[held[j]];
+        uint32_t sum = job->bits == 8 ? softmax_bytes(held, width, job->high + r * width)
+                                      : softmax_words(held, width, job->high + r * width, job->low + r * width);
         job->total[r] = most_of((int32_t)sum, 1);
     }
     free(held);

@@ -18,6 +18,7 @@ from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.workspace import Workspace
 
 _NAMES = {ir.DataType.INT32: "Rescale", ir.DataType.UINT8: "RescaleToUint8", ir.DataType.INT8: "RescaleToInt8"}
+_LIFTS = {2**i for i in range(31)}
 _LEAST, _MOST = -(2**31), 2**31 - 1
 
 
@@ -63,7 +64,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
 def _grow_up(chain: _Chain) -> None:
     """Take in what makes the operand of the Requantize."""
     node = _maker(chain.x, "Mul")
-    if node is not None and (found := _number(node)) is not None:
+    if node is not None and (found := _number(node)) is not None and found[1] in _LIFTS:
         chain.ends["lift"] = found[1]
         _take_above(chain, node, found[0])
     pair = _clip_above(chain.x)

@@ -4,7 +4,7 @@
 
 enum { X, BEFORE, MULTIPLIER, DIVISOR, AFTER, BLOCK = 1024 };
 
-typedef struct { int32_t floor, ceiling, lift, low, high, least, most; int kind; } Grid;
+typedef struct { int32_t floor, ceiling, lift /* places */, low, high, least, most; int kind; } Grid;
 
 /* Rows are taken in blocks along the axis before the last, so that narrow ones are worth a loop. */
 typedef struct {
@@ -19,7 +19,7 @@ typedef struct {
 typedef struct { const int32_t *x, *before, *multiplier, *divisor, *after; const int32_t *shift; } Row;
 
 INLINE int32_t rescaled(const Row *r, int64_t j, Grid g) {
-    int32_t x = times(clipped(plus(r->x[j], r->before[j]), g.floor, g.ceiling), g.lift);
+    int32_t x = clipped(plus(r->x[j], r->before[j]), g.floor, g.ceiling) << g.lift;
     int32_t y = plus(scaled(x, r->multiplier[j]), r->divisor[j] >> 1) >> r->shift[j];
     return clipped(plus(clipped(y, g.low, g.high), r->after[j]), g.least, g.most);
 }
@@ -114,7 +114,8 @@ static OrtStatus *run_rescale(const Call *call, Rescale *job) {
 
 static OrtStatus *rescale_as(const Call *call, int kind) {
     const int64_t *s = call->settings->value;
-    Grid grid = {(int32_t)s[0], (int32_t)s[1], (int32_t)s[2], (int32_t)s[3],
+    if (!is_power(s[2], 1 << 30)) return failure("qcompile: the lift of Rescale is no power of two");
+    Grid grid = {(int32_t)s[0], (int32_t)s[1], places(s[2]), (int32_t)s[3],
                  (int32_t)s[4], (int32_t)s[5], (int32_t)s[6], kind};
     Rescale job = {.grid = grid};
     for (int i = 0; i < MOST_OPERANDS; i++) TRY(input(call, (size_t)i, &job.operand[i]));
@@ -128,7 +129,7 @@ static OrtStatus *rescale_to_int8(const Call *call) { return rescale_as(call, TY
 static OrtStatus *requantize(const Call *call) {
     static int32_t none = 0;
     int32_t low = (int32_t)call->settings->value[0], high = (int32_t)call->settings->value[1];
-    Grid grid = {INT32_MIN, INT32_MAX, 1, low, high, low, high, TYPE_INT32};
+    Grid grid = {INT32_MIN, INT32_MAX, 0, low, high, low, high, TYPE_INT32};
     Rescale job = {.grid = grid};
     Tensor zero = {.data = &none, .rank = 0, .count = 1};
     job.operand[BEFORE] = job.operand[AFTER] = zero;
@@ -138,39 +139,36 @@ static OrtStatus *requantize(const Call *call) {
     return run_rescale(call, &job);
 }
 
-/* MultiplyWide, IntegerRelu2: the product of two wide values. */
-typedef struct { const int32_t *a, *b; int32_t *y; int64_t width; int32_t low, high; int narrow, divisor, positive; } Product;
-
-LEVELS static void product_row(const int32_t *a, const int32_t *b, const Product p, int64_t n, int32_t *restrict y) {
-    int32_t half_narrow = (1 << p.narrow) >> 1, half = (1 << p.divisor) >> 1, floor = p.positive ? 0 : INT32_MIN;
-    for (int64_t j = 0; j < n; j++) {
-        int32_t x = most_of(a[j], floor), by = most_of(b[j], floor);
-        int32_t brief = clipped(plus(by, half_narrow) >> p.narrow, -32767, 32767);
-        y[j] = clipped(plus(scaled(x, brief), half) >> p.divisor, p.low, p.high);
-    }
+/* MultiplyWide, IntegerRelu2: the product of two wide values, of which the second is brought to 15 bits. */
+LEVELS static void shorten(const int32_t *x, int narrow, int64_t n, int32_t *restrict y) {
+    for (int64_t j = 0; j < n; j++) y[j] = clipped(plus(x[j], (1 << narrow) >> 1) >> narrow, -32767, 32767);
 }
 
-static int product_rows(const void *data, int64_t first, int64_t last) {
-    const Product *p = data;
-    int64_t start = first * p->width;
-    product_row(p->a + start, p->b + start, *p, (last - first) * p->width, p->y + start);
-    return 1;
-}
-
-static OrtStatus *product_of(const Call *call, size_t second, int positive, int64_t low, int64_t high) {
+static OrtStatus *product_of(const Call *call, size_t second, int32_t least, int64_t low, int64_t high) {
     const int64_t *s = call->settings->value;
-    Tensor a, b;
-    TRY(input(call, 0, &a));
-    TRY(input(call, second, &b));
-    if (a.rank != b.rank || memcmp(a.dims, b.dims, sizeof(int64_t) * (size_t)a.rank))
-        return failure("qcompile: a product of values that differ in shape");
-    Product p = {a.data, b.data, NULL, columns(&a), (int32_t)low, (int32_t)high, places(s[0]), places(s[1]), positive};
-    TRY(output(call, 0, a.dims, a.rank, &p.y));
-    return in_pieces(call, product_rows, &p, rows(&a), p.width);
+    int32_t none = 0, divisor = (int32_t)s[1];
+    Grid grid = {least, INT32_MAX, 0, (int32_t)low, (int32_t)high, (int32_t)low, (int32_t)high, TYPE_INT32};
+    Rescale job = {.grid = grid};
+    Tensor zero = {.data = &none, .rank = 0, .count = 1}, by = {.data = &divisor, .rank = 0, .count = 1};
+    if (!is_power(s[0], 1 << 15) || !is_power(s[1], 1 << 29)) return failure("qcompile: a divisor that is no power of two");
+    job.operand[BEFORE] = job.operand[AFTER] = zero;
+    job.operand[DIVISOR] = by;
+    TRY(input(call, 0, &job.operand[X]));
+    TRY(input(call, second, &job.operand[MULTIPLIER]));
+    Tensor *b = &job.operand[MULTIPLIER];
+    int32_t *brief = malloc(sizeof(int32_t) * (size_t)(b->count + 1));
+    if (!brief) return failure("qcompile: no memory for a product");
+    shorten(b->data, places(s[0]), b->count, brief);
+    if (least == 0)
+        for (int64_t j = 0; j < b->count; j++) brief[j] = most_of(brief[j], 0);
+    b->data = brief;
+    OrtStatus *status = run_rescale(call, &job);
+    free(brief);
+    return status;
 }
 
 static OrtStatus *multiply_wide(const Call *call) {
-    return product_of(call, 1, 0, call->settings->value[2], call->settings->value[3]);
+    return product_of(call, 1, INT32_MIN, call->settings->value[2], call->settings->value[3]);
 }
 
-static OrtStatus *relu_squared(const Call *call) { return product_of(call, 0, 1, 0, call->settings->value[2]); }
+static OrtStatus *relu_squared(const Call *call) { return product_of(call, 0, 0, 0, call->settings->value[2]); }

@@ -127,6 +127,7 @@ static OrtStatus *tokens_of(const Call *call, int symmetric) {
     int64_t dims[MOST_DIMS];
     TRY(input(call, 0, &x));
     if (!x.rank) return failure("qcompile: tokens without an axis");
+    if (call->settings->value[0] < 2 || call->settings->value[0] > 8) return failure("qcompile: codes have 2 to 8 bits");
     Tokens job = {.x = x.data, .width = columns(&x), .bits = (int)call->settings->value[0], .symmetric = symmetric};
     TRY(output(call, 0, x.dims, x.rank, &job.codes));
     memcpy(dims, x.dims, sizeof dims);
@@ -144,7 +145,8 @@ static OrtStatus *quantize_tokens_symmetric(const Call *call) { return tokens_of
 
 enum { RUN = 256 }; /* elements between two looks at a table */
 
-typedef struct { const int32_t *x; int32_t *y; int64_t width; const int32_t *table; int unit, gated; } Table;
+/* ``whole``: the table of the function; else ``dents``: of what it lies below max(x, 0) */
+typedef struct { const int32_t *x; int32_t *y; int64_t width; const int32_t *whole; const uint16_t *dents; int unit; } Table;
 
 LEVELS static void table_places(const int32_t *x, int unit, int steps, int even, int64_t n, int32_t *restrict place) {
     int shift = unit - steps;
@@ -167,27 +169,30 @@ static int table_rows(const void *data, int64_t first, int64_t last) {
         int64_t n = last * job->width - start < RUN ? last * job->width - start : RUN;
         const int32_t *x = job->x + start;
         int32_t *y = job->y + start;
-        table_places(x, job->unit, job->gated ? DENT_STEP_BITS : SIGMOID_STEP_BITS, job->gated, n, place);
-        if (!job->gated) {
-            for (int64_t j = 0; j < n; j++) y[j] = job->table[place[j]];
-            continue;
+        table_places(x, job->unit, job->dents ? DENT_STEP_BITS : SIGMOID_STEP_BITS, job->dents != NULL, n, place);
+        if (job->whole) {
+            for (int64_t j = 0; j < n; j++) y[j] = job->whole[place[j]];
+        } else {
+            for (int64_t j = 0; j < n; j++) place[j] = job->dents[place[j]];
+            less_dents(x, place, job->unit, n, y);
         }
-        for (int64_t j = 0; j < n; j++) place[j] = job->table[place[j]];
-        less_dents(x, place, job->unit, n, y);
     }
     return 1;
 }
 
-static OrtStatus *looked_up(const Call *call, const int32_t *table, int halved, int gated) {
+static OrtStatus *looked_up(const Call *call, const int32_t *whole, const uint16_t *dents, int halved) {
     Tensor x;
+    int64_t unit = call->settings->value[0];
+    if (!is_power(unit, 1 << 26) || unit >> halved < 1 << (dents ? DENT_STEP_BITS : SIGMOID_STEP_BITS))
+        return failure("qcompile: a unit that is no power of two between 2^11 and 2^26");
     TRY(input(call, 0, &x));
-    Table job = {x.data, NULL, columns(&x), table, places(call->settings->value[0]) - halved, gated};
+    Table job = {x.data, NULL, columns(&x), whole, dents, places(unit) - halved};
     TRY(output(call, 0, x.dims, x.rank, &job.y));
     return in_pieces(call, table_rows, &job, rows(&x), job.width);
 }
 
-static OrtStatus *integer_sigmoid(const Call *call) { return looked_up(call, sigmoid, 0, 0); }
-static OrtStatus *integer_tanh(const Call *call) { return looked_up(call, tanh_of_half, 1, 0); }
-static OrtStatus *integer_silu(const Call *call) { return looked_up(call, silu, 0, 1); }
-static OrtStatus *integer_gelu(const Call *call) { return looked_up(call, gelu, 0, 1); }
-static OrtStatus *integer_gelu_tanh(const Call *call) { return looked_up(call, gelu_tanh, 0, 1); }
+static OrtStatus *integer_sigmoid(const Call *call) { return looked_up(call, sigmoid, NULL, 0); }
+static OrtStatus *integer_tanh(const Call *call) { return looked_up(call, tanh_of_half, NULL, 1); }
+static OrtStatus *integer_silu(const Call *call) { return looked_up(call, NULL, silu, 0); }
+static OrtStatus *integer_gelu(const Call *call) { return looked_up(call, NULL, gelu, 0); }
+static OrtStatus *integer_gelu_tanh(const Call *call) { return looked_up(call, NULL, gelu_tanh, 0); }

@@ -111,7 +111,8 @@ static OrtStatus *in_pieces(const Call *call, Rows run, const void *job, int64_t
 /* --------------------------------------------------------------------------- arithmetic */
 
 /* One body for each level of the processor, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__AVX512F__) && __GNUC__ >= 12
+#if defined(LEVELS)
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__AVX512F__) && __GNUC__ >= 12
 #define LEVELS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__AVX2__)
 #define LEVELS __attribute__((target_clones("avx2", "default")))
@@ -125,6 +126,7 @@ INLINE int32_t most_of(int32_t a, int32_t b) { return a > b ? a : b; }
 INLINE int32_t clipped(int32_t x, int32_t low, int32_t high) { return least_of(most_of(x, low), high); }
 INLINE int64_t most_of64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t clipped64(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+INLINE int is_power(int64_t x, int64_t most) { return x > 0 && x <= most && !(x & (x - 1)); }
 INLINE int places(int64_t power) { return __builtin_ctzll((unsigned long long)power); }
 
 /* a + b and a * b, wrapping as ONNX's integers do */

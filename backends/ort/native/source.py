@@ -54,9 +54,9 @@ def _tables() -> str:
         "halvings16": ("uint16_t", integer.halvings(16)),
         "sigmoid": ("int32_t", integer.sigmoid_table("sigmoid")),
         "tanh_of_half": ("int32_t", integer.sigmoid_table("tanh")),
-        "silu": ("int32_t", integer.dent_table("silu")),
-        "gelu": ("int32_t", integer.dent_table("gelu")),
-        "gelu_tanh": ("int32_t", integer.dent_table("gelu_tanh")),
+        "silu": ("uint16_t", integer.dent_table("silu")),
+        "gelu": ("uint16_t", integer.dent_table("gelu")),
+        "gelu_tanh": ("uint16_t", integer.dent_table("gelu_tanh")),
     }
     return "\n".join(_table(name, kind, values) for name, (kind, values) in tables.items())
 
