@@ -19,7 +19,7 @@ from qcompile.graph.workspace import Workspace
 
 _NAMES = {ir.DataType.INT32: "Rescale", ir.DataType.UINT8: "RescaleToUint8", ir.DataType.INT8: "RescaleToInt8"}
 _LIFTS = {2**i for i in range(31)}
-_LEAST, _MOST = -(2**31), 2**31 - 1
+_WHOLE = {"floor": -(2**31), "ceiling": 2**31 - 1, "lift": 1, "least": -(2**31), "most": 2**31 - 1}
 
 
 @dataclasses.dataclass
@@ -44,15 +44,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
             value = node.inputs[0]
             assert value is not None
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            ends = {
-                "floor": _LEAST,
-                "ceiling": _MOST,
-                "lift": 1,
-                "low": low,
-                "high": high,
-                "least": _LEAST,
-                "most": _MOST,
-            }
+            ends = dict(_WHOLE, low=low, high=high)
             chain = _Chain([node], value, zero, zero, ends)
             _grow_up(chain)
             _grow_down(chain)

@@ -53,7 +53,7 @@ static OrtStatus *broadcast(Rescale *job) {
 }
 
 /* One operand as ``count`` rows of values without gaps: where it lies, or copied to ``buffer``. */
-static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width, int32_t *buffer) {
+LEVELS static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width, int32_t *buffer) {
     int64_t down = step[0], along = step[1];
     if ((along || width == 1) && (count == 1 || down == width)) return source;
     for (int64_t r = 0; r < count; r++, source += down) {

@@ -85,7 +85,7 @@ static OrtStatus *steps_of(const Tensor *x, const int64_t *dims, int rank, int64
 typedef int (*Rows)(const void *job, int64_t first, int64_t last);
 typedef struct { Rows run; const void *job; int64_t rows, step; int *failed; } Pieces;
 
-enum { PIECE = 1 << 14 }; /* elements that are worth a thread */
+enum { PIECE = 1 << 15 }; /* elements that are worth a thread */
 
 static void one_piece(void *data, size_t index) {
     const Pieces *p = data;
