@@ -16,20 +16,35 @@ typedef struct {
     void *out;
 } Rescale;
 
-typedef struct { const int32_t *x, *before, *multiplier, *divisor, *after; const int32_t *shift; } Row;
+typedef struct { const int32_t *x, *before, *multiplier, *divisor, *after, *shift; } Row;
 
-INLINE int32_t rescaled(const Row *r, int64_t j, Grid g) {
-    int32_t x = clipped(plus(r->x[j], r->before[j]), g.floor, g.ceiling) << g.lift;
-    int32_t y = plus(scaled(x, r->multiplier[j]), r->divisor[j] >> 1) >> r->shift[j];
-    return clipped(plus(clipped(y, g.low, g.high), r->after[j]), g.least, g.most);
+INLINE int32_t rescaled(int32_t x, int32_t before, int32_t m, int32_t half, int shift, int32_t after, Grid g) {
+    int32_t begun = clipped(plus(x, before), g.floor, g.ceiling) << g.lift;
+    int32_t y = clipped(plus(scaled(begun, m), half) >> shift, g.low, g.high);
+    return clipped(plus(y, after), g.least, g.most);
+}
+
+INLINE int32_t rescaled_at(const Row *r, int64_t j, Grid g) {
+    return rescaled(r->x[j], r->before[j], r->multiplier[j], r->divisor[j] >> 1, r->shift[j], r->after[j], g);
 }
 
 LEVELS static void rescale_row32(Row r, Grid g, int64_t n, int32_t *restrict y) {
-    for (int64_t j = 0; j < n; j++) y[j] = rescaled(&r, j, g);
+    for (int64_t j = 0; j < n; j++) y[j] = rescaled_at(&r, j, g);
 }
 
 LEVELS static void rescale_row8(Row r, Grid g, int64_t n, uint8_t *restrict y) {
-    for (int64_t j = 0; j < n; j++) y[j] = (uint8_t)rescaled(&r, j, g);
+    for (int64_t j = 0; j < n; j++) y[j] = (uint8_t)rescaled_at(&r, j, g);
+}
+
+/* The same where every operand but x is one number: nothing has to be spread. */
+LEVELS static void rescale_even32(Row r, Grid g, int64_t n, int32_t *restrict y) {
+    int32_t before = *r.before, m = *r.multiplier, half = *r.divisor >> 1, after = *r.after, shift = *r.shift;
+    for (int64_t j = 0; j < n; j++) y[j] = rescaled(r.x[j], before, m, half, shift, after, g);
+}
+
+LEVELS static void rescale_even8(Row r, Grid g, int64_t n, uint8_t *restrict y) {
+    int32_t before = *r.before, m = *r.multiplier, half = *r.divisor >> 1, after = *r.after, shift = *r.shift;
+    for (int64_t j = 0; j < n; j++) y[j] = (uint8_t)rescaled(r.x[j], before, m, half, shift, after, g);
 }
 
 static OrtStatus *broadcast(Rescale *job) {
@@ -62,6 +77,16 @@ LEVELS static const int32_t *spread(const int32_t *source, const int64_t *step, 
         else for (int64_t j = 0; j < width; j++) row[j] = *source;
     }
     return buffer;
+}
+
+static int rescale_evenly(const void *data, int64_t first, int64_t last) {
+    const Rescale *job = data;
+    int64_t start = first * job->width, count = (last - first) * job->width;
+    Row r = {(const int32_t *)job->operand[X].data + start, job->operand[BEFORE].data, job->operand[MULTIPLIER].data,
+             job->operand[DIVISOR].data, job->operand[AFTER].data, job->shifts};
+    if (job->grid.kind == TYPE_INT32) rescale_even32(r, job->grid, count, (int32_t *)job->out + start);
+    else rescale_even8(r, job->grid, count, (uint8_t *)job->out + start);
+    return 1;
 }
 
 static int rescale_blocks(const void *data, int64_t first, int64_t last) {
@@ -107,7 +132,10 @@ static OrtStatus *run_rescale(const Call *call, Rescale *job) {
     if (!job->shifts) return failure("qcompile: no memory for a kernel's rows");
     for (int64_t i = 0; i < divisor->count; i++) job->shifts[i] = places(((const int32_t *)divisor->data)[i]);
     int64_t outer = count ? count / (job->width * job->height) : 0;
-    OrtStatus *status = in_pieces(call, rescale_blocks, job, outer * job->blocks, job->block * job->width);
+    int is_even = 1;
+    for (int i = BEFORE; i <= AFTER; i++) is_even &= job->operand[i].count == 1;
+    OrtStatus *status = is_even ? in_pieces(call, rescale_evenly, job, outer * job->height, job->width)
+                                : in_pieces(call, rescale_blocks, job, outer * job->blocks, job->block * job->width);
     free(job->shifts);
     return status;
 }
