@@ -11,7 +11,8 @@ typedef struct {
     int32_t lift;
 } Softmax;
 
-LEVELS static int32_t softmax_top(const int32_t *x, const uint8_t *mask, int64_t step, int64_t n, int32_t *restrict held) {
+LEVELS static int32_t softmax_top(const int32_t *x, const uint8_t *mask, int64_t step, int64_t n,
+                                  int32_t *restrict held) {
     int32_t top = -(1 << 29);
     if (step) for (int64_t j = 0; j < n; j++) held[j] = mask[j] ? x[j] : -(1 << 30);
     else for (int64_t j = 0; j < n; j++) held[j] = *mask ? x[j] : -(1 << 30);
@@ -19,8 +20,8 @@ LEVELS static int32_t softmax_top(const int32_t *x, const uint8_t *mask, int64_t
     return top;
 }
 
-LEVELS static void softmax_places(int32_t *restrict held, int64_t n, int32_t top, int32_t cap, int32_t steps, Divisor by,
-                                  int32_t end) {
+LEVELS static void softmax_places(int32_t *restrict held, int64_t n, int32_t top, int32_t cap, int32_t steps,
+                                  Divisor by, int32_t end) {
     for (int64_t j = 0; j < n; j++) held[j] = least_of(divided(times(clipped(top - held[j], 0, cap), steps), by), end);
 }
 
@@ -51,7 +52,8 @@ static int softmax_rows(const void *data, int64_t first, int64_t last) {
             mask_at += at * job->mask_step[axis];
             period_at += at * job->period_step[axis];
         }
-        int32_t top = softmax_top(job->scores + r * width, job->mask + mask_at, job->mask_step[job->rank - 1], width, held);
+        const uint8_t *mask = job->mask + mask_at;
+        int32_t top = softmax_top(job->scores + r * width, mask, job->mask_step[job->rank - 1], width, held);
         Divisor by = divisor_of(most_of(job->period[period_at], 1 << 13));
         softmax_places(held, width, top, cap, job->lift * OCTAVE, by, end);
         for (int64_t j = 0; j < width; j++) held[j] = job->table[held[j]];
@@ -168,7 +170,8 @@ INLINE int32_t turned(int32_t a, int32_t cos, int32_t b, int32_t sin) {
     return toward_zero(plus(sum, sum > 0 ? 1 << 13 : sum < 0 ? -(1 << 13) : 0), 14);
 }
 
-LEVELS static void rotary_row(const int32_t *x, const int32_t *cos, const int32_t *sin, int64_t half, int32_t *restrict y) {
+LEVELS static void rotary_row(const int32_t *x, const int32_t *cos, const int32_t *sin, int64_t half,
+                              int32_t *restrict y) {
     for (int64_t j = 0; j < half; j++) y[j] = turned(x[j], cos[j], -x[half + j], sin[j]);
     for (int64_t j = half; j < 2 * half; j++) y[j] = turned(x[j], cos[j], x[j - half], sin[j]);
 }

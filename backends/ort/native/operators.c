@@ -63,7 +63,8 @@ static OrtStatus *create(const OrtCustomOp *face, const Entry *table, const void
     kernel->compute = op->compute;
     for (int i = 0; i < MOST_SETTINGS && op->attributes[i]; i++) {
         int64_t *value = &kernel->settings.value[i];
-        OrtStatus *status = CALL(AT_ATTRIBUTE_INT, (const void *, const char *, int64_t *))(info, op->attributes[i], value);
+        const char *name = op->attributes[i];
+        OrtStatus *status = CALL(AT_ATTRIBUTE_INT, (const void *, const char *, int64_t *))(info, name, value);
         if (status) {
             free(kernel);
             return status;
@@ -79,9 +80,9 @@ static OrtStatus *compute(void *made, void *context) {
     return kernel->compute(&call);
 }
 
-#define FACE {API_VERSION, NULL, name_of, on_cpu, input_type, input_count, output_type, output_count, NULL, destroy, always, \
-              always, in_memory, {no_variadic, no_variadic, no_variadic, no_variadic}, create, compute, NULL, first_version, \
-              last_version, {NULL, NULL, NULL, NULL}}
+#define FACE {API_VERSION, NULL, name_of, on_cpu, input_type, input_count, output_type, output_count, NULL, destroy, \
+              always, always, in_memory, {no_variadic, no_variadic, no_variadic, no_variadic}, create, compute, NULL, \
+              first_version, last_version, {NULL, NULL, NULL, NULL}}
 #define I32 TYPE_INT32
 #define GRID {"floor", "ceiling", "lift", "low", "high", "least", "most"}
 
@@ -118,7 +119,10 @@ __attribute__((visibility("default")))
 OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base) {
     static void *domain;
     api = base->table(API_VERSION);
-    if (!api) return base->table(1) ? (api = base->table(1), failure("qcompile: the kernels need ONNX Runtime 1.18 or newer")) : NULL;
+    if (!api) {
+        api = base->table(1); /* enough to say so */
+        return failure("qcompile: the kernels need ONNX Runtime 1.18 or newer");
+    }
     if (!domain) {
         void *made;
         TRY(CALL(AT_CREATE_DOMAIN, (const char *, void **))("qcompile", &made));

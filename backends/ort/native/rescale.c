@@ -68,7 +68,8 @@ static OrtStatus *broadcast(Rescale *job) {
 }
 
 /* One operand as ``count`` rows of values without gaps: where it lies, or copied to ``buffer``. */
-LEVELS static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width, int32_t *buffer) {
+LEVELS static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width,
+                                    int32_t *buffer) {
     int64_t down = step[0], along = step[1];
     if ((along || width == 1) && (count == 1 || down == width)) return source;
     for (int64_t r = 0; r < count; r++, source += down) {
@@ -96,7 +97,8 @@ static int rescale_blocks(const void *data, int64_t first, int64_t last) {
     const int32_t *from[MOST_OPERANDS + 1] = {0}, *row[MOST_OPERANDS + 1];
     if (!buffer) return 0;
     for (int64_t at = first, held = 0; at < last; at++) {
-        int64_t top = at % job->blocks * job->block, rest = at / job->blocks, start = (rest * job->height + top) * width;
+        int64_t top = at % job->blocks * job->block, rest = at / job->blocks;
+        int64_t start = (rest * job->height + top) * width;
         int64_t count = job->height - top < job->block ? job->height - top : job->block, place[MOST_DIMS] = {0};
         for (int axis = job->rank - 3; axis >= 0; axis--) {
             place[axis] = rest % job->dims[axis];
@@ -113,8 +115,9 @@ static int rescale_blocks(const void *data, int64_t first, int64_t last) {
         }
         held = count;
         Row operands = {row[X], row[BEFORE], row[MULTIPLIER], row[DIVISOR], row[AFTER], row[MOST_OPERANDS]};
-        if (job->grid.kind == TYPE_INT32) rescale_row32(operands, job->grid, count * width, (int32_t *)job->out + start);
-        else rescale_row8(operands, job->grid, count * width, (uint8_t *)job->out + start);
+        int64_t n = count * width;
+        if (job->grid.kind == TYPE_INT32) rescale_row32(operands, job->grid, n, (int32_t *)job->out + start);
+        else rescale_row8(operands, job->grid, n, (uint8_t *)job->out + start);
     }
     free(buffer);
     return 1;
@@ -178,7 +181,8 @@ static OrtStatus *product_of(const Call *call, size_t second, int32_t least, int
     Grid grid = {least, INT32_MAX, 0, (int32_t)low, (int32_t)high, (int32_t)low, (int32_t)high, TYPE_INT32};
     Rescale job = {.grid = grid};
     Tensor zero = {.data = &none, .rank = 0, .count = 1}, by = {.data = &divisor, .rank = 0, .count = 1};
-    if (!is_power(s[0], 1 << 15) || !is_power(s[1], 1 << 29)) return failure("qcompile: a divisor that is no power of two");
+    if (!is_power(s[0], 1 << 15) || !is_power(s[1], 1 << 29))
+        return failure("qcompile: a divisor that is no power of two");
     job.operand[BEFORE] = job.operand[AFTER] = zero;
     job.operand[DIVISOR] = by;
     TRY(input(call, 0, &job.operand[X]));

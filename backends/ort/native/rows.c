@@ -18,7 +18,9 @@ LEVELS static int32_t row_size(const int32_t *x, int32_t mean, int64_t n, int32_
     return most_of(top, -bottom);
 }
 
-INLINE int32_t shortened(int32_t x, int shift) { return clipped(plus(x, (1 << shift) >> 1) >> shift, -(1 << 14), 1 << 14); }
+INLINE int32_t shortened(int32_t x, int shift) {
+    return clipped(plus(x, (1 << shift) >> 1) >> shift, -(1 << 14), 1 << 14);
+}
 
 LEVELS static int64_t row_squares(const int32_t *y, int shift, int64_t n) {
     int64_t sum = 0;
@@ -53,7 +55,8 @@ static int norm_rows(const void *data, int64_t first, int64_t last) {
         if (job->centred) mean = (int32_t)clipped64(floor_division(row_sum(x, n) + n / 2, n), -(1 << 28), 1 << 28);
         int shift = reached(row_size(x, mean, n, y), 14, 29);
         int64_t p = INT64_C(1) << shift, square = row_squares(y, shift, n) * (1 << 18) / n;
-        int64_t root = integer_root(clipped64(square + job->epsilon * (1 << 18) / p / p, 1 << 28, (INT64_C(1) << 48) - 1));
+        int64_t mean_square = square + job->epsilon * (1 << 18) / p / p;
+        int64_t root = integer_root(clipped64(mean_square, 1 << 28, (INT64_C(1) << 48) - 1));
         if (root > (1 << 24) - 1) root = (1 << 24) - 1;
         int power = reached(root, 15, 23);
         int64_t m = ((INT64_C(1) << (29 + power)) + root / 2) / root;
@@ -75,7 +78,13 @@ static OrtStatus *layer_norm(const Call *call) { return norm_of(call, 1); }
 
 /* --------------------------------------------------------------------------- codes of tokens */
 
-typedef struct { const int32_t *x; uint8_t *codes; int32_t *zero, *step, *divisor; int64_t width; int bits, symmetric; } Tokens;
+typedef struct {
+    const int32_t *x;
+    uint8_t *codes;
+    int32_t *zero, *step, *divisor;
+    int64_t width;
+    int bits, symmetric;
+} Tokens;
 
 LEVELS static void row_ends(const int32_t *x, int64_t n, int32_t *low, int32_t *high) {
     int32_t top = 0, bottom = 0;
@@ -87,8 +96,8 @@ LEVELS static void row_ends(const int32_t *x, int64_t n, int32_t *low, int32_t *
     *high = top;
 }
 
-LEVELS static void row_codes(const int32_t *x, int shift, int32_t levels, int32_t offset, Divisor by, int32_t low, int32_t high,
-                             int64_t n, uint8_t *restrict codes) {
+LEVELS static void row_codes(const int32_t *x, int shift, int32_t levels, int32_t offset, Divisor by, int32_t low,
+                             int32_t high, int64_t n, uint8_t *restrict codes) {
     int32_t top = (1 << 22) - 1;
     for (int64_t j = 0; j < n; j++) {
         int32_t moved = clipped(toward_zero(x[j], shift), -top, top) * levels + offset;
@@ -109,7 +118,8 @@ static int token_rows(const void *data, int64_t first, int64_t last) {
         range = job->symmetric ? size >> shift : (high >> shift) - toward_zero(low, shift);
         int32_t width = clipped(range, 2, (1 << 22) - 1), depth = clipped(-toward_zero(low, shift), 0, (1 << 22) - 1);
         zero = job->symmetric ? middle : least_of((depth * levels + width / 2) / width, levels);
-        int32_t first_code = job->symmetric ? middle - levels : 0, last_code = job->symmetric ? middle + levels : levels;
+        int32_t first_code = job->symmetric ? middle - levels : 0;
+        int32_t last_code = job->symmetric ? middle + levels : levels;
         row_codes(x, shift, levels, zero * width + width / 2, divisor_of(width), first_code, last_code, job->width,
                   job->codes + r * job->width);
         int octave = reached(width, 1, 21), exponent = (job->symmetric ? 29 : 30) - octave - shift;
@@ -127,7 +137,8 @@ static OrtStatus *tokens_of(const Call *call, int symmetric) {
     int64_t dims[MOST_DIMS];
     TRY(input(call, 0, &x));
     if (!x.rank) return failure("qcompile: tokens without an axis");
-    if (call->settings->value[0] < 2 || call->settings->value[0] > 8) return failure("qcompile: codes have 2 to 8 bits");
+    if (call->settings->value[0] < 2 || call->settings->value[0] > 8)
+        return failure("qcompile: codes have 2 to 8 bits");
     Tokens job = {.x = x.data, .width = columns(&x), .bits = (int)call->settings->value[0], .symmetric = symmetric};
     TRY(output(call, 0, x.dims, x.rank, &job.codes));
     memcpy(dims, x.dims, sizeof dims);
@@ -146,7 +157,14 @@ static OrtStatus *quantize_tokens_symmetric(const Call *call) { return tokens_of
 enum { RUN = 256 }; /* elements between two looks at a table */
 
 /* ``whole``: the table of the function; else ``dents``: of what it lies below max(x, 0) */
-typedef struct { const int32_t *x; int32_t *y; int64_t width; const int32_t *whole; const uint16_t *dents; int unit; } Table;
+typedef struct {
+    const int32_t *x;
+    int32_t *y;
+    int64_t width;
+    const int32_t *whole;
+    const uint16_t *dents;
+    int unit;
+} Table;
 
 LEVELS static void table_places(const int32_t *x, int unit, int steps, int even, int64_t n, int32_t *restrict place) {
     int shift = unit - steps;

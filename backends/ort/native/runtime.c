@@ -52,7 +52,8 @@ static OrtStatus *input(const Call *call, size_t place, Tensor *out) {
 
 static OrtStatus *output(const Call *call, size_t place, const int64_t *dims, int rank, void *data) {
     void *value;
-    TRY(CALL(AT_OUTPUT, (void *, size_t, const int64_t *, size_t, void **))(call->context, place, dims, (size_t)rank, &value));
+    typedef OrtStatus *(*Output)(void *, size_t, const int64_t *, size_t, void **);
+    TRY(((Output)api[AT_OUTPUT])(call->context, place, dims, (size_t)rank, &value));
     return CALL(AT_TENSOR_DATA, (void *, void **))(value, (void **)data);
 }
 
@@ -103,7 +104,7 @@ static OrtStatus *in_pieces(const Call *call, Rows run, const void *job, int64_t
         if (row_count) one_piece(&p, 0);
     } else {
         typedef void (*Task)(void *, size_t);
-        TRY(CALL(AT_PARALLEL_FOR, (const void *, Task, size_t, size_t, void *))(call->context, one_piece, pieces, 0, &p));
+        TRY(CALL(AT_PARALLEL_FOR, (void *, Task, size_t, size_t, void *))(call->context, one_piece, pieces, 0, &p));
     }
     return failed ? failure("qcompile: no memory for a kernel's rows") : NULL;
 }
