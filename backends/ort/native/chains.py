@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.canonical import match
-from qcompile.graph.edits import naming, new_initializer
+from qcompile.graph.edits import constant_array, naming, new_initializer
 from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.workspace import Workspace
 
 _NAMES = {ir.DataType.INT32: "Rescale", ir.DataType.UINT8: "RescaleToUint8", ir.DataType.INT8: "RescaleToInt8"}
 _LIFTS = {2**i for i in range(31)}
-_WHOLE = {"floor": -(2**31), "ceiling": 2**31 - 1, "lift": 1, "least": -(2**31), "most": 2**31 - 1}
+_REACH = 2**30 - 1  # of what Requantize takes: ends that clip nothing
 
 
 @dataclasses.dataclass
@@ -44,7 +44,7 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
             value = node.inputs[0]
             assert value is not None
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            ends = dict(_WHOLE, low=low, high=high)
+            ends = {"floor": -_REACH, "ceiling": _REACH, "lift": 1, "low": low, "high": high}
             chain = _Chain([node], value, zero, zero, ends)
             _grow_up(chain)
             _grow_down(chain)
@@ -87,11 +87,21 @@ def _grow_down(chain: _Chain) -> None:
     if lower is not None and upper is not None and (floor := _number(lower)) and (ceiling := _number(upper)):
         chain.ends |= {"least": floor[1], "most": ceiling[1]}
         chain.nodes += [lower, upper]
+    else:
+        chain.ends |= _ends_of_sum(chain)
     cast = match.only_consumer(chain.nodes[-1].outputs[0], "Cast")
     kind = ir.DataType(cast.attributes["to"].as_int()) if cast is not None else None
     if cast is not None and kind in _NAMES:
         chain.kind = kind
         chain.nodes.append(cast)
+
+
+def _ends_of_sum(chain: _Chain) -> dict[str, int]:
+    """What the result and ``after`` add up to at most."""
+    after = constant_array(chain.after) if isinstance(chain.after, ir.Value) else chain.after
+    if after is None:
+        return {"least": -(2**31), "most": 2**31 - 1}
+    return {"least": chain.ends["low"] + int(after.min()), "most": chain.ends["high"] + int(after.max())}
 
 
 def _take_above(chain: _Chain, node: ir.Node, x: ir.Value | None) -> None:
