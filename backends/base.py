@@ -37,7 +37,7 @@ class Backend(Protocol):
     def lower(self, model: ir.Model, ctx: Context) -> int:
         """Rewrite ``model`` in place into shapes that reach this target's kernels; the number of rewrites."""
 
-    def kernels(self, model: Path) -> list[Kernel]:
+    def kernels_of(self, model: Path) -> list[Kernel]:
         """The kernel that each matmul of the packaged program at ``model`` reaches, in graph order."""
 
     def package(self, model: ir.Model, folder: Path) -> None:
@@ -60,15 +60,18 @@ class Lower(Pass):
         return self.backend.lower(model, ctx)
 
 
-def open_program(folder: Path) -> Program:
+def open_program(folder: Path, *, library: Path | None = None) -> Program:
     """The compiled program in ``folder`` as a function from inputs to outputs, both by name.
 
-    Where its cache is quantised, a float past is taken too.
+    Where its cache is quantised, a float past is taken too. ``library``: its kernels, where no manifest lists them
+    yet; otherwise those that the manifest lists are used.
     """
     from qcompile.calibration.caches import fed
+    from qcompile.calibration.library import library_beside
     from qcompile.calibration.runner import open_session, run_session
 
-    session = open_session(folder / "model.onnx")
+    path = folder / "model.onnx"
+    session = open_session(path, library=library if library is not None else library_beside(path))
     names = [o.name for o in session.get_outputs()]
 
     def run(feeds: Arrays) -> Arrays:

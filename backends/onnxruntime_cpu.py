@@ -8,8 +8,9 @@ ensures:  the function of the IR, up to float rounding; names, types and axes of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -27,11 +28,14 @@ from qcompile.backends.ort import (
     weight_only,
 )
 from qcompile.backends.ort.names import name_products
+from qcompile.backends.ort.native import build, chains
 from qcompile.backends.ort.weight_only import Level
 from qcompile.graph.functions import DOMAIN
 from qcompile.graph.inline import inline
+from qcompile.graph.integer import BODIES
 from qcompile.graph.workspace import Workspace
 from qcompile.pipeline import Context, Target
+from qcompile.progress import warn
 
 OPSET = 23  # Attention, RMSNormalization
 IR_VERSION = 11
@@ -43,16 +47,18 @@ class OnnxRuntimeCpu:
     """The CPU execution provider of ONNX Runtime. Options:
 
     accuracy_level: of weight-only linears: 1 multiplies floats, 4 rounds their inputs to 8 bits, block by block
+    kernels: 1 compiles fused kernels of the integer operators into a library beside the program
     """
 
     name: ClassVar[str] = "cpu"
     accuracy_level: Level = 1
+    kernels: Literal[0, 1] = 0
 
     @property
     def target(self) -> Target:
-        level = "" if self.accuracy_level == 1 else f"{{accuracy_level={self.accuracy_level}}}"
+        chosen = [f"{f.name}={v}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
         return Target(
-            name=self.name + level,
+            name=self.name + (f"{{{' '.join(chosen)}}}" if chosen else ""),
             backend="onnxruntime",
             description="ONNX Runtime, CPU (x86-64 and arm64)",
             kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits"),
@@ -69,27 +75,31 @@ class OnnxRuntimeCpu:
             "nodes in rank 2": flatten.rewrite(model, ctx.workspace),
             "static linears": linear.rewrite_static(model, ctx.workspace, ctx.ledger),
             "per-token linears": per_token.rewrite(model, ctx.workspace, ctx.ledger, grown),
-            "weight-only linears": weight_only.rewrite(
-                model, ctx.workspace, ctx.ledger, self.accuracy_level, grown
-            ),
+            "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger, self.accuracy_level, grown),
             "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
             "float operators": floats.rewrite(model),
         }
-        _tidy(model, ctx.workspace)
+        facts = ctx.ledger.current.facts
+        if self.kernels:
+            facts["kernels compiler"] = build.compiler_version()
+            counts["chains"] = chains.rewrite(model, ctx.workspace)
+            if not any(node.domain == DOMAIN and node.op_type in BODIES for node in model.graph):
+                warn("kernels=1 changed nothing: only int_only writes operators that have kernels")
+        _tidy(model, ctx.workspace, BODIES if self.kernels else ())
         name_products(model)
-        ctx.ledger.current.facts["lowered"] = counts
+        facts["lowered"] = counts
         return sum(counts.values())
 
-    def kernels(self, model: Path) -> list[Kernel]:
+    def kernels_of(self, model: Path) -> list[Kernel]:
         return inspection.kernels(model)
 
     def package(self, model: ir.Model, folder: Path) -> None:
         model.ir_version = IR_VERSION
         initializers = model.graph.initializers
-        held = {
-            name: value.const_value for name, value in initializers.items() if value.const_value is not None
-        }
+        held = {name: value.const_value for name, value in initializers.items() if value.const_value is not None}
         path = folder / "model.onnx"
+        if model.functions:
+            build.write_library(folder)
         if sum(tensor.nbytes for tensor in held.values()) > EXTERNAL_BYTES:
             ir.save(model, path, external_data="model.onnx.data")
             return
@@ -109,12 +119,16 @@ def _raise_opset(model: ir.Model) -> None:
         imports.setdefault("com.microsoft", 1)
 
 
-def _tidy(model: ir.Model, workspace: Workspace) -> None:
-    """Remove what nothing reads; write the remaining functions of the project out."""
+def _tidy(model: ir.Model, workspace: Workspace, kept: Collection[str]) -> None:
+    """Remove what nothing reads; write the functions of the project out, but for those that have a kernel."""
     common.RemoveUnusedNodesPass()(model)
-    inline(model, workspace)
+    inline(model, workspace, kept)
+    for function in model.functions.values():
+        function.opset_imports[""] = model.opset_imports[""]  # their operators are the same in both
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)
+    if model.functions:
+        return
     for imports in (model.opset_imports, model.graph.opset_imports):
         imports.pop(DOMAIN, None)

@@ -11,6 +11,7 @@ keys and values come from the cache. Programs that --programs already holds are 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -36,15 +37,14 @@ def programs(rows: Sequence[str], model: Path, folder: Path, calibration: Path) 
     """The programs to time by their names in the table; the float export is the first."""
     found = {FLOAT: model}
     for text in rows:
-        plain, equals, target = text.partition("=")
-        wanted = options.Wanted.parse(plain)
-        made = folder / f"{wanted.file(MODEL)}-decode-{target or 'cpu'}"
+        wanted = options.Wanted.parse(text)
+        plain = dataclasses.replace(wanted, target=options.TARGET)
+        made = folder / f"{plain.file(MODEL)}-decode-{wanted.target}"
         if not (made / "model.onnx").is_file():
-            settings = wanted.settings | ({"target": target} if equals else {})
-            done = run_job("compile", model=model, out=made, calibration=calibration, **settings)
+            done = run_job("compile", model=model, out=made, calibration=calibration, **wanted.settings)
             if done.error:
                 raise SystemExit(f"error: {text} did not compile: {done.error}")
-        found[wanted.name + (f", `{target}`" if equals else "")] = made / "model.onnx"
+        found[wanted.name] = made / "model.onnx"
     return found
 
 

@@ -94,18 +94,19 @@ def quantise_with_peer(peer: str, model: str, out: str, calibration: str) -> dic
 def score(bench: str, program: str, data: str, tokenizer: str, limit: int | None) -> dict[str, Any]:
     """The metric of ``program``, the kernels that its products reach and the bytes of its files."""
     from qcompile import backends
+    from qcompile.calibration.library import library_beside
     from qcompile.calibration.runner import open_session
     from qcompile.intake import external_files
 
     path = Path(program)
-    session = open_session(path)
+    session = open_session(path, library=library_beside(path))
     wanted = {i.name for i in session.get_inputs()}
 
     def run(feeds: Arrays) -> Any:
         return session.run(None, {name: array for name, array in feeds.items() if name in wanted})[0]
 
     value = PROTOCOLS[bench](Path(data), Path(tokenizer)).score(run, limit)
-    kernels = collections.Counter(kernel["kernel"] for kernel in backends.by_name("cpu").kernels(path))
+    kernels = collections.Counter(kernel["kernel"] for kernel in backends.by_name("cpu").kernels_of(path))
     size = sum(file.stat().st_size for file in (path, *external_files(path)))
     return {"value": value, "kernels": dict(sorted(kernels.items())), "file_mb": size / 1e6}
 

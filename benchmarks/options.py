@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,31 +13,36 @@ from typing import Any
 
 from benchmarks.protocol import PROTOCOLS, Protocol
 
+TARGET = "cpu"
+_TARGET = re.compile(r"=(\w+(?:\{[^}]*\})?)$")  # an option of a pass has its "=" inside braces
 PLAIN = "plain"  # the calibration of the protocol, without padding
 _DATA = {"minilm": "stsb", "smollm2": "wikitext"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One compilation: RECIPE[:PASS+PASS][@MAX_DROP]. ``passes`` None takes the recipe's default."""
+    """One compilation: RECIPE[:PASS+PASS][@MAX_DROP][=TARGET]. ``passes`` None takes the recipe's default."""
 
     recipe: str
     passes: str | None
     max_drop: float | None
+    target: str = TARGET
 
     @staticmethod
     def parse(text: str, max_drop: float | None = None) -> Wanted:
+        text, target = _TARGET.sub("", text), _TARGET.search(text)
         text, at, drop = text.partition("@")
         recipe, colon, passes = text.partition(":")
         chosen = {"none": ""}.get(passes, passes.replace("+", ",")) if colon else None
-        return Wanted(recipe, chosen, float(drop) if at else max_drop)
+        return Wanted(recipe, chosen, float(drop) if at else max_drop, target.group(1) if target else TARGET)
 
     @property
     def name(self) -> str:
         """As a table shows it."""
         passes = {None: "", "": ", no transform"}.get(self.passes, f", {self.passes}")
         gate = "" if self.max_drop is None else f", --max-drop {self.max_drop:g}"
-        return f"`{self.recipe}`{passes}{gate}"
+        target = "" if self.target == TARGET else f", `{self.target}`"
+        return f"`{self.recipe}`{passes}{gate}{target}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -45,8 +51,8 @@ class Wanted:
 
     def file(self, model: str) -> str:
         """The folder of its program."""
-        parts = (model, self.recipe, self.passes, self.max_drop)
-        return "-".join(str(part) for part in parts if part not in (None, ""))
+        parts = (model, self.recipe, self.passes, self.max_drop, self.target)
+        return "-".join(str(part) for part in parts if part not in (None, "", TARGET))
 
 
 def common(parser: argparse.ArgumentParser) -> None:

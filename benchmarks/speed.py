@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed --model minilm --stsb DIR --out benchmarks/results/minilm_speed
 
-One thread unless --threads says otherwise, no spinning. Trust the ratios: whatever else the machine does
-falls on all programs alike, and least on CPU time, which does not count waiting for a CPU. Programs that
---programs already holds (``accuracy`` leaves them there) are not made again.
+A row is RECIPE[:PASS+PASS][=TARGET]. One thread unless --threads says otherwise, no spinning. Trust the ratios:
+whatever else the machine does falls on all programs alike, and least on CPU time, which does not count waiting for a
+CPU. Programs that --programs already holds (``accuracy`` leaves them there) are not made again.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[list[
 
 
 def _runner(path: Path, feeds: protocol.Arrays, threads: int) -> Callable[[], Any]:
+    from qcompile.calibration.library import library_beside
     from qcompile.calibration.runner import open_session
 
-    session = open_session(path, threads=threads)
+    session = open_session(path, threads=threads, library=library_beside(path))
     wanted = {i.name for i in session.get_inputs()}
     return functools.partial(session.run, None, {k: v for k, v in feeds.items() if k in wanted})
 

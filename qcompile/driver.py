@@ -15,6 +15,7 @@ from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
 from qcompile.backends.base import Backend, Lower, open_program
 from qcompile.calibration import text
+from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
 from qcompile.errors import ContractError, GateError, QCompileError, UserError
 from qcompile.generation import Token, generate
@@ -304,7 +305,7 @@ def _compiled(
     with step("writing the program"):
         backend.package(taken.model, folder)
     with step("inspecting the kernels"):
-        kernels = backend.kernels(folder / "model.onnx")
+        kernels = backend.kernels_of(folder / "model.onnx")
     with step("checking the program"):
         proof = _end_to_end(folder, verify, ctx)
     files = manifest.describe_files(folder, manifest.files_below(folder))
@@ -368,7 +369,8 @@ def _fact(entries: list[dict[str, Any]], key: str, default: Any) -> Any:
 
 def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
     """The packaged program, as a user would run it, against the model as it was captured."""
-    program = open_program(folder)
+    library = folder / LIBRARY
+    program = open_program(folder, library=library if library.is_file() else None)
     results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
     return verify.compare(verify.original, results, None)
 

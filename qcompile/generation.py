@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcompile.calibration.library import library_beside
 from qcompile.calibration.runner import open_session
 from qcompile.errors import UserError
 
@@ -58,7 +59,8 @@ class Decoder:
     def open(cls, program: str | Path, threads: int = 1) -> Decoder:
         """The decoder of an ONNX file, or of ``model.onnx`` in a folder."""
         path = Path(program)
-        return cls(open_session(path / "model.onnx" if path.is_dir() else path, threads=threads))
+        file = path / "model.onnx" if path.is_dir() else path
+        return cls(open_session(file, threads=threads, library=library_beside(file)))
 
     def reset(self) -> None:
         """Forget every token."""

@@ -138,7 +138,7 @@ def _outputs(
 
 
 def _kernels(folder: Path, record: manifest.Manifest) -> Check:
-    now = backends.by_name(record["target"]["name"]).kernels(folder / "model.onnx")
+    now = backends.by_name(record["target"]["name"]).kernels_of(folder / "model.onnx")
     low = sum(1 for k in now if k["low_bit"])
     known = sum(1 for k in record["kernels"] if k["low_bit"])
     return Check("kernels", low >= known, f"{low} of {len(now)} matmuls in low bits, when compiled {known}")

@@ -29,11 +29,13 @@ def open_session(
     literal_qdq: bool = False,
     optimised_path: Path | None = None,
     level: str = "all",
+    library: Path | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on CPU.
 
     ``level``: how far it optimises, "basic", "extended" or "all"; ``optimised_path``: where it writes the
-    outcome, with large weights in a file beside.
+    outcome, with large weights in a file beside. ``library``: kernels of operators of the model's own
+    (``library_beside``).
 
     ``literal_qdq`` executes QuantizeLinear/DequantizeLinear as written instead of fusing them into
     integer kernels; weights are then dequantised once, when the session is made.
@@ -53,6 +55,8 @@ def open_session(
         )
     source = model if isinstance(model, bytes) else str(model)
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own unrelated types
         raise UserError(f"ONNX Runtime cannot load the model: {_first_line(error)}", hint=_load_hint(error)) from error

@@ -54,13 +54,14 @@ def bench(model: Path, against: Path, batch: int, seq: int, threads: int, rounds
     Trust the ratios: times in milliseconds move with whatever else the machine does.
     """
     from qcompile import roofline
+    from qcompile.calibration.library import library_beside
     from qcompile.calibration.runner import open_session, run_session
 
     mine, original = onnx_file(model), onnx_file(against)
     feeds = random_feeds(original, batch, seq)
     runs: list[Callable[[], Any]] = []
     for path in (original, mine):
-        session = open_session(path, threads=threads)
+        session = open_session(path, threads=threads, library=library_beside(path))
         given = {i.name: feeds[i.name] for i in session.get_inputs() if i.name in feeds}
         runs.append(functools.partial(run_session, session, None, given))
     before, after = in_turns(runs, rounds)

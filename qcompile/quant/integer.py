@@ -87,6 +87,18 @@ def requantize(x: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, low: int
     return _int32(np.clip((product + d // 2) // d, low, high))
 
 
+def rescale(
+    x: ArrayLike, before: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, after: ArrayLike, lift: int,
+    inside: tuple[int, int], between: tuple[int, int], outside: tuple[int, int],
+) -> Array:  # fmt: skip
+    """``requantize`` of (x + before) * lift, and what is added and clipped around it, in one operator.
+
+    inside, between and outside are the ends of x + before, of what ``requantize`` gives and of that + after.
+    """
+    begun = np.clip(_int64(x) + _int64(before), *inside) * lift
+    return _int32(np.clip(requantize(begun, multiplier, divisor, *between) + _int64(after), *outside))
+
+
 def multiply_wide(a: ArrayLike, b: ArrayLike, narrow: int, divisor: int, low: int, high: int) -> Array:
     """a * b / (narrow * 2^16 * divisor) in low..high: the product of two wide values on a static grid.
 

@@ -60,7 +60,7 @@ class Program:
 
     @property
     def kernels(self) -> list[Kernel]:
-        return OnnxRuntimeCpu().kernels(self.path)
+        return OnnxRuntimeCpu().kernels_of(self.path)
 
     @property
     def written(self) -> ir.Model:

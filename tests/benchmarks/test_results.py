@@ -42,6 +42,8 @@ def accuracy_table(path: Path, **about: Any) -> Results:
             "os_plus,other",
             0.15,
         ),
+        ("w8a8:int_only=cpu{kernels=1}", "`w8a8`, int_only, `cpu{kernels=1}`", "int_only", None),
+        ("w4a4:rotate{online=1}=cpu", "`w4a4`, rotate{online=1}", "rotate{online=1}", None),
     ],
 )
 def test_a_row_is_spelled_in_one_word(text: str, name: str, passes: str | None, drop: float | None) -> None:

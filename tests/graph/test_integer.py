@@ -1,10 +1,11 @@
-"""Bodies of the integer operators in ONNX Runtime give, bit for bit, what ``quant/integer.py`` gives."""
+"""Bodies and kernels of the integer operators give, bit for bit, what ``quant/integer.py`` gives."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from qcompile.backends.ort.native import build
+from qcompile.calibration.library import LIBRARY
 from qcompile.calibration.runner import open_session
+from qcompile.errors import UserError
 from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.integer import BODIES
 from qcompile.graph.integer.norms import newton_root
@@ -21,13 +25,36 @@ from qcompile.graph.integer.parts import LAST, wide_constants
 from qcompile.quant import integer
 
 Array = np.ndarray
+_RESULTS = {"RescaleToUint8": ir.DataType.UINT8, "RescaleToInt8": ir.DataType.INT8}
 SHAPES = ((1, 1), (3, 1, 64), (2, 5, 33), (1, 768), (2, 2, 7, 40))
 INT64_BY_ELEMENT = {"IntegerRMSNorm", "IntegerLayerNorm"}  # their sums
+GROUND: dict[str, Path | None] = {"library": None}
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of kernels."""
+    try:
+        build.find_compiler()
+    except UserError as error:
+        pytest.skip(error.message)
+    folder = tmp_path_factory.mktemp("kernels")
+    build.write_library(folder)
+    return folder / LIBRARY
+
+
+@pytest.fixture(params=("bodies", "kernels"), autouse=True)
+def ground(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operators run on: the standard operators of their bodies, or the kernels in C."""
+    library = request.getfixturevalue("built") if request.param == "kernels" else None
+    monkeypatch.setitem(GROUND, "library", library)
+
+
 @functools.cache
-def program(name: str, kinds: tuple[tuple[str, int], ...], attributes: tuple[tuple[str, int], ...]) -> Any:
+def program(
+    name: str, kinds: tuple[tuple[str, int], ...], attributes: tuple[tuple[str, int], ...], library: Path | None
+) -> Any:
     """A session of one node of ``name`` for inputs of these types and ranks."""
     ends = [
         ir.Value(
@@ -47,16 +74,18 @@ def program(name: str, kinds: tuple[tuple[str, int], ...], attributes: tuple[tup
     node = ir.Node(DOMAIN, name, ends, held, num_outputs=count.get(name, 1))
     for i, value in enumerate(node.outputs):
         codes = count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
-        value.name, value.type = f"y{i}", ir.TensorType(ir.DataType.UINT8 if codes else ir.DataType.INT32)
+        kind = ir.DataType.UINT8 if codes else _RESULTS.get(name, ir.DataType.INT32)
+        value.name, value.type = f"y{i}", ir.TensorType(kind)
     model = ir.Model(ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
     use(model, name)
-    return open_session(ir.to_proto(model).SerializeToString(), threads=1)
+    return open_session(ir.to_proto(model).SerializeToString(), threads=1, library=library)
 
 
 def computed(name: str, *inputs: Any, **attributes: int) -> list[Array]:
     """What ONNX Runtime makes of one node of ``name``."""
     arrays = [np.asarray(x) for x in inputs]
-    session = program(name, tuple((x.dtype.name, x.ndim) for x in arrays), tuple(attributes.items()))
+    kinds = tuple((x.dtype.name, x.ndim) for x in arrays)
+    session = program(name, kinds, tuple(attributes.items()), GROUND["library"])
     results: list[Array] = session.run(None, {f"x{i}": x for i, x in enumerate(arrays)})
     return results
 
@@ -93,7 +122,7 @@ def test_a_body_has_no_float_and_no_slow_operator(name: str) -> None:
                 if attribute.type == ir.AttributeType.TENSOR:
                     assert attribute.as_tensor().dtype not in FLOATS
                 if node.op_type == "Cast":
-                    assert attribute.as_int() in {2, 6, 7}
+                    assert attribute.as_int() in {2, 3, 6, 7}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,6 +146,30 @@ def test_requantize_at_every_corner() -> None:
     d = (2 ** np.arange(30)).astype(np.int32)
     ends = {"low": -(2**30), "high": 2**30}
     equal(computed("RequantizeSigned", x, m, d, **ends), [integer.requantize(x, m, d, *ends.values())])
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, (2, 3, 70, 32), (1, 5000)))
+def test_rescale(shape: tuple[int, ...]) -> None:
+    """Every operand broadcasts in every way, and what is added may be larger than x."""
+    generator = np.random.default_rng(len(shape))
+    ways = [(), shape[-1:], (*shape[:-1], 1), shape, tuple(n if i % 2 else 1 for i, n in enumerate(shape))]
+    for number in range(12):
+        sizes = [ways[generator.integers(0, len(ways))] for _ in range(4)]
+        x = wide(shape if number % 3 else (1, *shape[1:]), 2**29 - 1, seed=number)
+        before, after = (generator.integers(-(2**20), 2**20, s).astype(np.int32) for s in (sizes[0], sizes[3]))
+        m = generator.integers(-(2**15) + 1, 2**15, sizes[1]).astype(np.int32)
+        d = (2 ** generator.integers(0, 30, sizes[2])).astype(np.int32)
+        lift = 2 ** int(generator.integers(0, 4))
+        inside = (-((2**30 - 1) // lift), (2**30 - 1) // lift) if number % 2 else (-(2**12), 2**11)
+        for name, kind, outside in (
+            ("Rescale", np.int32, (-(2**31), 2**31 - 1)), ("Rescale", np.int32, (-1000, 2**28)),
+            ("RescaleToUint8", np.uint8, (0, 255)), ("RescaleToInt8", np.int8, (-127, 127)),
+        ):  # fmt: skip
+            between = (-(2**28), 2**28) if number % 4 else (-5, 100)
+            expected = integer.rescale(x, before, m, d, after, lift, inside, between, outside)
+            ends = dict(zip(("floor", "ceiling"), inside, strict=True)) | {"lift": lift}
+            ends |= dict(zip(("low", "high", "least", "most"), (*between, *outside), strict=True))
+            equal(computed(name, x, before, m, d, after, **ends), [expected.astype(kind)])
 
 
 @pytest.mark.parametrize("bits", (2, 4, 6, 8))
@@ -208,6 +261,9 @@ def test_products(shape: tuple[int, ...]) -> None:
         equal(computed("MultiplyWide", a, b, **settings), [integer.multiply_wide(a, b, **settings)])
         settings = {"narrow": narrow, "divisor": divisor, "high": 2**28}
         equal(computed("IntegerRelu2", b, **settings), [integer.relu_squared(b, **settings)])
+    settings = {"narrow": 2**14, "divisor": 2, "low": -(2**28), "high": 2**28}
+    for few, many in ((a[..., :1], b), (a, b[..., :1]), (a[:1], b)):
+        equal(computed("MultiplyWide", few, many, **settings), [integer.multiply_wide(few, many, **settings)])
 
 
 @pytest.mark.parametrize("bound", (1, 300, 2**16 - 1))

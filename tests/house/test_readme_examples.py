@@ -16,13 +16,16 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qcompile import cli
+from qcompile.backends.ort.native import build
+from qcompile.errors import UserError
 from qcompile.models.architectures import cached_export
 from tests.house.readme_sections import README
 
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 COMMANDS = re.compile(r"<!-- commands -->\n```sh\n(.*?)```", re.DOTALL)
+KERNELS = re.compile(r"<!-- commands: kernels -->\n```sh\n(.*?)```", re.DOTALL)
 DECODER = re.compile(r"<!-- commands: decoder -->\n```sh\n(.*?)```", re.DOTALL)
-NAMES = {"mixed.toml", "make_calib.py", "calib.jsonl", "exact.py", "generate.py"}
+NAMES = {"mixed.toml", "make_calib.py", "calib.jsonl", "exact.py", "generate.py", "kernels.py"}
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +110,20 @@ def test_the_exact_session_gives_what_the_default_one_gives(folder: Path, monkey
     plain = onnxruntime.InferenceSession("compiled/model.onnx", providers=["CPUExecutionProvider"])
     feeds = {i.name: np.ones((1, 4), np.int64) for i in plain.get_inputs()}
     np.testing.assert_allclose(exact.run(None, feeds)[0], plain.run(None, feeds)[0], rtol=0, atol=1e-6)
+
+
+def test_the_session_with_kernels_gives_what_one_without_gives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    try:
+        build.find_compiler()
+    except UserError as error:
+        pytest.skip(error.message)
+    monkeypatch.chdir(folder)
+    (found,) = KERNELS.findall(README.read_text())
+    program, *arguments = shlex.split(found)
+    assert program == "qcompile" and cli.main(arguments) == 0
+    fused = runpy.run_path("kernels.py")["session"]
+    plain = onnxruntime.InferenceSession("integers/model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {i.name: np.ones((1, 4), np.int64) for i in plain.get_inputs()}
+    np.testing.assert_array_equal(fused.run(None, feeds)[0], plain.run(None, feeds)[0])

@@ -27,7 +27,7 @@ class Plain:
     def lower(self, model: ir.Model, ctx: Context) -> int:
         return 0
 
-    def kernels(self, model: Path) -> list[Kernel]:
+    def kernels_of(self, model: Path) -> list[Kernel]:
         found = (node for node in ir.load(model).graph if node.op_type == "MatMul")
         return [
             {"site": layer_name(n), "kernel": "MatMul", "low_bit": False, "reason": "plain"} for n in found

@@ -128,6 +128,18 @@ def _quantize(symmetric: bool) -> str:
     }}"""
 
 
+def _rescale(name: str, cast: str) -> str:
+    """x, before, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``."""
+    return f"""{name} <floor, ceiling, lift, low, high, least, most> (x, before, multiplier, divisor, after) => (y) {{
+        {attribute("floor", "ceiling", "lift", "least", "most")}
+        begun = Add (x, before){held("kept", "begun", "floor", "ceiling")}
+        lifted = Mul (kept, lift)
+        scaled = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (lifted, multiplier, divisor)
+        ended = Add (scaled, after){held("result", "ended", "least", "most")}
+        y = {cast} (result)
+    }}"""
+
+
 BODIES = (
     _REQUANTIZE,
     _REQUANTIZE_SIGNED,
@@ -135,4 +147,7 @@ BODIES = (
     _RELU2,
     _quantize(symmetric=False),
     _quantize(symmetric=True),
+    _rescale("Rescale", "Identity"),
+    _rescale("RescaleToUint8", "Cast <to = 2>"),
+    _rescale("RescaleToInt8", "Cast <to = 3>"),
 )

@@ -1,0 +1,206 @@
+/* --------------------------------------------------------------------------- to another grid
+ * Rescale: y = clip(requantize(clip(x + before, floor, ceiling) * lift) + after, least, most), operands broadcast.
+ * Each operand is brought to rows of its own values, so that one loop serves all ways to broadcast. */
+
+enum { X, BEFORE, MULTIPLIER, DIVISOR, AFTER, BLOCK = 1024 };
+
+typedef struct { int32_t floor, ceiling, lift /* places */, low, high, least, most; int kind; } Grid;
+
+/* Rows are taken in blocks along the axis before the last, so that narrow ones are worth a loop. */
+typedef struct {
+    Grid grid;
+    Tensor operand[MOST_OPERANDS];
+    int64_t step[MOST_OPERANDS][MOST_DIMS], dims[MOST_DIMS], width, height, block, blocks;
+    int rank;
+    int32_t *shifts; /* of the divisors */
+    void *out;
+} Rescale;
+
+typedef struct { const int32_t *x, *before, *multiplier, *divisor, *after, *shift; } Row;
+
+INLINE int32_t rescaled(int32_t x, int32_t before, int32_t m, int32_t half, int shift, int32_t after, Grid g) {
+    int32_t begun = clipped(plus(x, before), g.floor, g.ceiling) << g.lift;
+    int32_t y = clipped(plus(scaled(begun, m), half) >> shift, g.low, g.high);
+    return clipped(plus(y, after), g.least, g.most);
+}
+
+INLINE int32_t rescaled_at(const Row *r, int64_t j, Grid g) {
+    return rescaled(r->x[j], r->before[j], r->multiplier[j], r->divisor[j] >> 1, r->shift[j], r->after[j], g);
+}
+
+LEVELS static void rescale_row32(Row r, Grid g, int64_t n, int32_t *restrict y) {
+    for (int64_t j = 0; j < n; j++) y[j] = rescaled_at(&r, j, g);
+}
+
+LEVELS static void rescale_row8(Row r, Grid g, int64_t n, uint8_t *restrict y) {
+    for (int64_t j = 0; j < n; j++) y[j] = (uint8_t)rescaled_at(&r, j, g);
+}
+
+/* The same where every operand but x is one number: nothing has to be spread. */
+LEVELS static void rescale_even32(Row r, Grid g, int64_t n, int32_t *restrict y) {
+    int32_t before = *r.before, m = *r.multiplier, half = *r.divisor >> 1, after = *r.after, shift = *r.shift;
+    for (int64_t j = 0; j < n; j++) y[j] = rescaled(r.x[j], before, m, half, shift, after, g);
+}
+
+LEVELS static void rescale_even8(Row r, Grid g, int64_t n, uint8_t *restrict y) {
+    int32_t before = *r.before, m = *r.multiplier, half = *r.divisor >> 1, after = *r.after, shift = *r.shift;
+    for (int64_t j = 0; j < n; j++) y[j] = (uint8_t)rescaled(r.x[j], before, m, half, shift, after, g);
+}
+
+static OrtStatus *broadcast(Rescale *job) {
+    job->rank = 2;
+    for (int i = 0; i < MOST_OPERANDS; i++) job->rank = most_of(job->rank, job->operand[i].rank);
+    for (int axis = 0; axis < job->rank; axis++) {
+        job->dims[axis] = 1;
+        for (int i = 0; i < MOST_OPERANDS; i++) {
+            int64_t size = size_at(&job->operand[i], axis, job->rank);
+            if (size != 1 && job->dims[axis] != 1 && size != job->dims[axis])
+                return failure("qcompile: operands of Rescale do not broadcast");
+            if (size != 1) job->dims[axis] = size;
+        }
+    }
+    for (int i = 0; i < MOST_OPERANDS; i++) TRY(steps_of(&job->operand[i], job->dims, job->rank, job->step[i]));
+    job->width = job->dims[job->rank - 1];
+    job->height = job->dims[job->rank - 2];
+    job->block = clipped64(BLOCK / most_of64(job->width, 1), 1, most_of64(job->height, 1));
+    job->blocks = (job->height + job->block - 1) / job->block;
+    return NULL;
+}
+
+/* One operand as ``count`` rows of values without gaps: where it lies, or copied to ``buffer``. */
+LEVELS static const int32_t *spread(const int32_t *source, const int64_t *step, int64_t count, int64_t width,
+                                    int32_t *buffer) {
+    int64_t down = step[0], along = step[1];
+    if ((along || width == 1) && (count == 1 || down == width)) return source;
+    for (int64_t r = 0; r < count; r++, source += down) {
+        int32_t *row = buffer + r * width;
+        if (along) memcpy(row, source, sizeof(int32_t) * (size_t)width);
+        else for (int64_t j = 0; j < width; j++) row[j] = *source;
+    }
+    return buffer;
+}
+
+static int rescale_evenly(const void *data, int64_t first, int64_t last) {
+    const Rescale *job = data;
+    int64_t start = first * job->width, count = (last - first) * job->width;
+    Row r = {(const int32_t *)job->operand[X].data + start, job->operand[BEFORE].data, job->operand[MULTIPLIER].data,
+             job->operand[DIVISOR].data, job->operand[AFTER].data, job->shifts};
+    if (job->grid.kind == TYPE_INT32) rescale_even32(r, job->grid, count, (int32_t *)job->out + start);
+    else rescale_even8(r, job->grid, count, (uint8_t *)job->out + start);
+    return 1;
+}
+
+static int rescale_blocks(const void *data, int64_t first, int64_t last) {
+    const Rescale *job = data;
+    int64_t width = job->width, size = width * job->block;
+    int32_t *buffer = malloc(sizeof(int32_t) * (size_t)(size * (MOST_OPERANDS + 1) + 1));
+    const int32_t *from[MOST_OPERANDS + 1] = {0}, *row[MOST_OPERANDS + 1];
+    if (!buffer) return 0;
+    for (int64_t at = first, held = 0; at < last; at++) {
+        int64_t top = at % job->blocks * job->block, rest = at / job->blocks;
+        int64_t start = (rest * job->height + top) * width;
+        int64_t count = job->height - top < job->block ? job->height - top : job->block, place[MOST_DIMS] = {0};
+        for (int axis = job->rank - 3; axis >= 0; axis--) {
+            place[axis] = rest % job->dims[axis];
+            rest /= job->dims[axis];
+        }
+        place[job->rank - 2] = top;
+        for (int i = 0; i <= MOST_OPERANDS; i++) {
+            int own = i < MOST_OPERANDS ? i : DIVISOR;
+            const int32_t *source = i < MOST_OPERANDS ? job->operand[i].data : job->shifts;
+            for (int axis = 0; axis < job->rank - 1; axis++) source += place[axis] * job->step[own][axis];
+            if (source == from[i] && count <= held) continue;
+            from[i] = source;
+            row[i] = spread(source, &job->step[own][job->rank - 2], count, width, buffer + i * size);
+        }
+        held = count;
+        Row operands = {row[X], row[BEFORE], row[MULTIPLIER], row[DIVISOR], row[AFTER], row[MOST_OPERANDS]};
+        int64_t n = count * width;
+        if (job->grid.kind == TYPE_INT32) rescale_row32(operands, job->grid, n, (int32_t *)job->out + start);
+        else rescale_row8(operands, job->grid, n, (uint8_t *)job->out + start);
+    }
+    free(buffer);
+    return 1;
+}
+
+static OrtStatus *run_rescale(const Call *call, Rescale *job) {
+    TRY(broadcast(job));
+    int64_t count = 1;
+    int rank = 0;
+    for (int i = 0; i < MOST_OPERANDS; i++) rank = most_of(rank, job->operand[i].rank);
+    for (int axis = 0; axis < job->rank; axis++) count *= job->dims[axis];
+    TRY(output(call, 0, job->dims + job->rank - rank, rank, &job->out));
+    const Tensor *divisor = &job->operand[DIVISOR];
+    job->shifts = malloc(sizeof(int32_t) * (size_t)(divisor->count + 1));
+    if (!job->shifts) return failure("qcompile: no memory for a kernel's rows");
+    for (int64_t i = 0; i < divisor->count; i++) job->shifts[i] = places(((const int32_t *)divisor->data)[i]);
+    int64_t outer = count ? count / (job->width * job->height) : 0;
+    int is_even = 1;
+    for (int i = BEFORE; i <= AFTER; i++) is_even &= job->operand[i].count == 1;
+    OrtStatus *status = is_even ? in_pieces(call, rescale_evenly, job, outer * job->height, job->width)
+                                : in_pieces(call, rescale_blocks, job, outer * job->blocks, job->block * job->width);
+    free(job->shifts);
+    return status;
+}
+
+static OrtStatus *rescale_as(const Call *call, int kind) {
+    const int64_t *s = call->settings->value;
+    if (!is_power(s[2], 1 << 30)) return failure("qcompile: the lift of Rescale is no power of two");
+    Grid grid = {(int32_t)s[0], (int32_t)s[1], places(s[2]), (int32_t)s[3],
+                 (int32_t)s[4], (int32_t)s[5], (int32_t)s[6], kind};
+    Rescale job = {.grid = grid};
+    for (int i = 0; i < MOST_OPERANDS; i++) TRY(input(call, (size_t)i, &job.operand[i]));
+    return run_rescale(call, &job);
+}
+
+static OrtStatus *rescale(const Call *call) { return rescale_as(call, TYPE_INT32); }
+static OrtStatus *rescale_to_uint8(const Call *call) { return rescale_as(call, TYPE_UINT8); }
+static OrtStatus *rescale_to_int8(const Call *call) { return rescale_as(call, TYPE_INT8); }
+
+static OrtStatus *requantize(const Call *call) {
+    static int32_t none = 0;
+    int32_t low = (int32_t)call->settings->value[0], high = (int32_t)call->settings->value[1];
+    Grid grid = {INT32_MIN, INT32_MAX, 0, low, high, low, high, TYPE_INT32};
+    Rescale job = {.grid = grid};
+    Tensor zero = {.data = &none, .rank = 0, .count = 1};
+    job.operand[BEFORE] = job.operand[AFTER] = zero;
+    TRY(input(call, 0, &job.operand[X]));
+    TRY(input(call, 1, &job.operand[MULTIPLIER]));
+    TRY(input(call, 2, &job.operand[DIVISOR]));
+    return run_rescale(call, &job);
+}
+
+/* MultiplyWide, IntegerRelu2: the product of two wide values, of which the second is brought to 15 bits. */
+LEVELS static void shorten(const int32_t *x, int narrow, int64_t n, int32_t *restrict y) {
+    for (int64_t j = 0; j < n; j++) y[j] = clipped(plus(x[j], (1 << narrow) >> 1) >> narrow, -32767, 32767);
+}
+
+static OrtStatus *product_of(const Call *call, size_t second, int32_t least, int64_t low, int64_t high) {
+    const int64_t *s = call->settings->value;
+    int32_t none = 0, divisor = (int32_t)s[1];
+    Grid grid = {least, INT32_MAX, 0, (int32_t)low, (int32_t)high, (int32_t)low, (int32_t)high, TYPE_INT32};
+    Rescale job = {.grid = grid};
+    Tensor zero = {.data = &none, .rank = 0, .count = 1}, by = {.data = &divisor, .rank = 0, .count = 1};
+    if (!is_power(s[0], 1 << 15) || !is_power(s[1], 1 << 29))
+        return failure("qcompile: a divisor that is no power of two");
+    job.operand[BEFORE] = job.operand[AFTER] = zero;
+    job.operand[DIVISOR] = by;
+    TRY(input(call, 0, &job.operand[X]));
+    TRY(input(call, second, &job.operand[MULTIPLIER]));
+    Tensor *b = &job.operand[MULTIPLIER];
+    int32_t *brief = malloc(sizeof(int32_t) * (size_t)(b->count + 1));
+    if (!brief) return failure("qcompile: no memory for a product");
+    shorten(b->data, places(s[0]), b->count, brief);
+    if (least == 0)
+        for (int64_t j = 0; j < b->count; j++) brief[j] = most_of(brief[j], 0);
+    b->data = brief;
+    OrtStatus *status = run_rescale(call, &job);
+    free(brief);
+    return status;
+}
+
+static OrtStatus *multiply_wide(const Call *call) {
+    return product_of(call, 1, INT32_MIN, call->settings->value[2], call->settings->value[3]);
+}
+
+static OrtStatus *relu_squared(const Call *call) { return product_of(call, 0, 0, 0, call->settings->value[2]); }
