@@ -14,6 +14,7 @@ from qcompile.integer.values import Wide
 
 GATE_PLACES = 15  # of what lies between -1 and 1
 TABLE_PLACES = 11  # at least, of what a table is read by
+MOST_MISSING = 4  # of these places: with more, numbers that calibration saw would saturate
 MOST_DIVISOR = 29  # bits
 
 
@@ -76,6 +77,8 @@ def _readable(c: Converter, value: ir.Value | None) -> Wide:
     """``value`` on a grid that is fine enough for a table."""
     x = c.wide(value)
     missing = TABLE_PLACES - x.places
+    if missing > MOST_MISSING:
+        raise Refused("its numbers are too large for a table")
     return x if missing <= 0 else c.emit.rescaled(x, TABLE_PLACES, min(x.bound << missing, 2**29))
 
 

@@ -33,8 +33,10 @@ def factors(value: ir.Value, emit: Emitter, positions: int) -> ir.Value:
     if axes:
         inside = emit.put("Squeeze", [inside, emit.int64s(*axes)], ir.DataType.INT64)
     picked = emit.put("Gather", [emit.constant(table, f"{value.name}.table"), inside], axis=0)
-    missing = rank - (len(source.shape or ()) - len(axes) + 1)
-    return picked if missing <= 0 else emit.put("Unsqueeze", [picked, emit.int64s(*range(1, 1 + missing))])
+    given = len(source.shape or ()) - len(axes)
+    missing = rank - (given + 1)
+    first = 1 if given > 1 else 0  # behind the batch, where there is one
+    return picked if missing <= 0 else emit.put("Unsqueeze", [picked, emit.int64s(*range(first, first + missing))])
 
 
 def _extra_axes(source: ir.Value, rank: int) -> list[int]:

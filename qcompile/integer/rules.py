@@ -27,13 +27,13 @@ U8, I8, I32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 
 def quantize(c: Converter, node: ir.Node) -> None:
     """QuantizeLinear with one scale: codes of the grid's numbers."""
-    x = c.wide(node.inputs[0])
     factors = constant_array(node.inputs[1])
     zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), np.uint8)
     if factors is None or zero is None or factors.size != 1 or zero.size != 1:
         raise Refused("activations have no one scale that is constant")
     if zero.dtype != np.uint8:
         raise Refused(f"codes are {zero.dtype}, not uint8")
+    x = c.wide(node.inputs[0])
     step, middle = float(factors.reshape(-1)[0]), int(zero.reshape(-1)[0])
     steps = c.emit.requantize(x.value, x.bound, np.float64(2.0**-x.places / step), -middle, 255 - middle)
     codes = c.emit.cast(c.emit.put("Add", [steps, c.emit.int32(middle)]), U8)
@@ -53,7 +53,9 @@ def dequantize(c: Converter, node: ir.Node) -> None:
     zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if zero is not None and zero.any():
         raise Refused("weights have zero points")
-    if codes.ndim != 2 or codes.dtype != np.int8 or match.int_attribute(node, "block_size", 0):
+    if codes.ndim != 2 or codes.dtype != np.int8:
+        raise Refused(f"weights are {codes.dtype} of {codes.ndim} axes, not an int8 matrix")
+    if match.int_attribute(node, "block_size", 0):
         raise Refused("weights have one scale for each group of rows")
     result = node.outputs[0]
     if match.int_attribute(node, "axis", 1) % 2 == 1:
