@@ -23,6 +23,7 @@ from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+SURE = 2**28  # a requantised number is not cut below it
 
 
 class Refused(Exception):
@@ -114,10 +115,11 @@ class Converter:
         return Wide(self._scaled_rows(sums, sums.rows, places, bound), places, bound)
 
     def _scaled_rows(self, sums: Sums, rows: Rows, places: int, bound: int) -> ir.Value:
-        """In two steps: by the columns' factors to nearly 30 bits, then by each row's step, and to the grid."""
+        """In two steps: by the columns' factors to nearly 28 bits, then by each row's step, and to the grid."""
         emit = self.emit
         scale = sums.factor * 2.0 ** (places - rows.places + 33 - rows.bits)
-        excess = max(0, math.ceil(math.log2(sums.bound * float(np.abs(scale).max()) / (LIMIT - 1))))
+        reach = sums.bound / 2 * float(np.abs(scale).max())  # the bound is for both terms of a difference
+        excess = max(0, math.ceil(math.log2(reach / SURE))) if reach else 0
         most = LIMIT - 1
         middle = emit.requantize(sums.value, sums.bound, scale / 2.0**excess, -most, most)
         end = bound >> excess
@@ -231,5 +233,6 @@ def _give_out(converter: Converter) -> None:
         if made is value:
             continue
         name, made.shape, made.type = value.name, value.shape, value.type
+        made.metadata_props.update(value.metadata_props)
         value.name, made.name = f"{name}.float", name
         graph.outputs[place] = made

@@ -96,7 +96,7 @@ GAIN = np.linspace(-2, 3, 16, dtype=np.float32)
 @pytest.mark.parametrize("reach", (1e-2, 4.0, 1e4))
 def test_norms_with_gains_of_either_sign(node: str, reach: float) -> None:
     x = np.asarray(X * (reach / 4), np.float32)
-    text = "g (float[B, S, 16] x) => (float[B, S, 16] y) { %s }" % node
+    text = f"g (float[B, S, 16] x) => (float[B, S, 16] y) {{ {node} }}"
     done = converted(text, {"g": GAIN, "b": GAIN[::-1].copy()}, [{"x": x}])
     assert not done.skips and not done.inside()
     assert done.error({"x": x}) <= 3 * (2**-12 * 4 + 2**-14) + 2 * done.step()
@@ -123,7 +123,7 @@ def test_a_channel_of_small_gain_reaches_far() -> None:
     ],
 )
 def test_norms_that_stay_float(node: str, reason: str) -> None:
-    text = "g (float[2, 3, 16] x) => (float[2, 3, 16] y) { %s }" % node
+    text = f"g (float[2, 3, 16] x) => (float[2, 3, 16] y) {{ {node} }}"
     gain = np.ones((3, 16)) if "axis = 1" in node else GAIN
     done = converted(text, {"g": gain, "a": np.array([0, 1])}, [{"x": X}])
     assert any(reason in skip.reason for skip in done.skips)
