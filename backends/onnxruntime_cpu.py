@@ -29,6 +29,8 @@ from qcompile.backends.ort import (
 from qcompile.backends.ort.names import name_products
 from qcompile.backends.ort.weight_only import Level
 from qcompile.graph.functions import DOMAIN
+from qcompile.graph.inline import inline
+from qcompile.graph.workspace import Workspace
 from qcompile.pipeline import Context, Target
 
 OPSET = 23  # Attention, RMSNormalization
@@ -73,7 +75,7 @@ class OnnxRuntimeCpu:
             "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
             "float operators": floats.rewrite(model),
         }
-        _tidy(model)
+        _tidy(model, ctx.workspace)
         name_products(model)
         ctx.ledger.current.facts["lowered"] = counts
         return sum(counts.values())
@@ -107,12 +109,10 @@ def _raise_opset(model: ir.Model) -> None:
         imports.setdefault("com.microsoft", 1)
 
 
-def _tidy(model: ir.Model) -> None:
+def _tidy(model: ir.Model, workspace: Workspace) -> None:
     """Remove what nothing reads; write the remaining functions of the project out."""
     common.RemoveUnusedNodesPass()(model)
-    for function in model.functions.values():
-        function.opset_imports[""] = model.opset_imports[""]  # their operators are the same in both
-    common.InlinePass()(model)
+    inline(model, workspace)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedNodesPass()(model)
     common.NameFixPass()(model)

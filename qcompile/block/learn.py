@@ -1,10 +1,10 @@
 """The loop that learns what a block's transforms should be: AdamW on the distance to the float block's output.
 
 One sample a step, as in OmniQuant (arXiv 2308.13137, section 3.1), or several where they are short: weights are
-rounded once a step. The objective is the squared error over the
-tokens that count, relative to the targets' mean square, so that one learning rate fits every block. The best
-state of all epochs is kept: the result is never worse than the start on that objective. A loss, a gradient or an
-epoch that runs away takes the loop back to the best state, at half the rate.
+rounded once a step. The objective is the squared error over the tokens that count, relative to the targets' mean
+square, so that one learning rate fits every block. The best state of all epochs is kept: the result is never worse
+than the start on that objective, of many samples on every second one; who folds it compares the block on all. A loss,
+a gradient or an epoch that runs away takes the loop back to the best state, at half the rate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from qcompile import progress
 
 RUNAWAY = 2.0  # an epoch that ends so many times worse than the start does not come back by itself
-JUDGED = 5  # times at least that the state is measured on all samples, after as many epochs each
+JUDGED = 5  # times at least that the state is measured, after as many epochs each
+JUDGES = 16  # samples at least that it is measured on: every other one where there are twice as many
 PATIENCE = 3  # times back to the best state; then the rate was not the reason
 
 Tensors = Mapping[str, Tensor]
@@ -208,10 +209,11 @@ class _Loop:
         return total, count
 
     def _error(self) -> float:
-        """The objective over all examples; infinite where it is not finite."""
+        """The objective over every example, or every second one of many; infinite where it is not finite."""
+        judges = range(0, len(self._examples), 2 if len(self._examples) >= 2 * JUDGES else 1)
         with torch.no_grad():
             changed = self._change()
-            found = [self._squares(changed, example) for example in self._examples]
+            found = [self._squares(changed, self._examples[number]) for number in judges]
         error = sum(total.item() for total, _ in found) / (max(sum(count for _, count in found), 1) * self._unit)
         return error if math.isfinite(error) else math.inf
 

@@ -48,11 +48,10 @@ class Emitter:
         op: str,
         inputs: Sequence[ir.Value | None],
         dtype: ir.DataType = ir.DataType.INT32,
-        outputs: int = 1,
         **attributes: int | float | Sequence[int],
     ) -> ir.Value:
-        """The (first) result of a new node; of the project's own domain where ``op`` is one of its functions."""
-        return self.put_all(op, inputs, [dtype] * outputs, **attributes)[0]
+        """The result of a new node; of the project's own domain where ``op`` is one of its functions."""
+        return self.put_all(op, inputs, [dtype], **attributes)[0]
 
     def put_all(
         self, op: str, inputs: Sequence[ir.Value | None], dtypes: Sequence[ir.DataType], **attributes: object

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calibration.observers import not_finite, sequences
-from qcompile.graph.edits import constant_array
+from qcompile.calibration.observers import not_finite
+from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import is_op
 from qcompile.pipeline import Context
 
@@ -29,32 +29,6 @@ WIDE_BITS, NARROW_BITS = 28, 15  # of the bound; narrow where a product with 14 
 HEADROOM, NARROW_HEADROOM = 8.0, 2.0
 MOST_PLACES, GATE_PLACES = 30, 24
 TINY = 1e-9
-
-
-class Extremes:
-    """Smallest and largest value over real tokens: of each channel of each head (H, d) where ``heads``, else of all."""
-
-    def __init__(self, heads: bool) -> None:
-        self._heads = heads
-        self.lo: np.ndarray | None = None
-        self.hi: np.ndarray | None = None
-
-    def update(self, array: np.ndarray, mask: np.ndarray | None) -> None:
-        """``array``: (B, H, S, d) with heads; ``mask``: bool (B, S)."""
-        if self._heads:
-            tokens = array.transpose(0, 2, 1, 3)
-            found = [
-                tokens[mask]
-                if mask is not None and mask.shape == tokens.shape[:2]
-                else tokens.reshape(-1, *tokens.shape[2:])
-            ]
-        else:
-            found = [rows.reshape(-1) for rows in sequences(array, mask)]
-        for rows in found:
-            if rows.size:
-                lo, hi = rows.min(axis=0), rows.max(axis=0)
-                self.lo = lo if self.lo is None else np.minimum(self.lo, lo)
-                self.hi = hi if self.hi is None else np.maximum(self.hi, hi)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,27 +70,48 @@ def carried(graph: ir.Graph) -> list[ir.Value]:
 def find_grids(ctx: Context, model: ir.Model) -> Grids:
     """Stream the samples once, and choose a grid for every value that carries data."""
     values = [v for v in carried(model.graph) if not _is_weight(v)]
-    heads = {str(v.name) for node in model.graph if is_op(node, *ATTENTIONS) for v in data_operands(node)}
-    seen = {str(v.name): Extremes(v.name in heads) for v in values}
-    for sample, arrays in ctx.runner.stream(model, ctx.samples, list(seen), "calibrating"):
-        for name, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise not_finite(model, name, array)
-            seen[name].update(array, None if sample.mask is None else np.asarray(sample.mask, bool))
-    extremes = {name: (e.lo, e.hi) for name, e in seen.items() if e.lo is not None and e.hi is not None}
+    extremes = _extremes(ctx, model, [str(v.name) for v in values])
     groups = _Groups(values)
     narrow = _narrow(values)
     places: dict[str, int] = {}
     held_narrow: set[str] = set()
     for group in groups.all():
         names = [str(v.name) for v in group]
-        reach = max(TINY, *(float(np.abs(extremes[n]).max()) for n in names if n in extremes), TINY)
+        reach = max(TINY, *(float(np.abs(extremes[n]).max()) for n in names))
         tight = any(name in narrow for name in names)
         bits, headroom = (NARROW_BITS, NARROW_HEADROOM) if tight else (WIDE_BITS, HEADROOM)
         most = min(_most_places(v) for v in group)
         places |= dict.fromkeys(names, min(bits - math.ceil(math.log2(reach * headroom)), most))
         held_narrow |= set(names) if tight else set()
     return Grids(places, extremes, frozenset(held_narrow))
+
+
+def _extremes(ctx: Context, model: ir.Model, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(smallest, largest) of each value over the samples; of what an attention reads, by head and channel (H, d).
+
+    They are found inside the graph: what would be fetched instead is every value of the model at once.
+    """
+    measured = model.clone()
+    values = {v.name: v for v in (*measured.graph.inputs, *(v for node in measured.graph for v in node.outputs))}
+    heads = {str(v.name) for node in measured.graph if is_op(node, *ATTENTIONS) for v in data_operands(node)}
+    apart = new_initializer(measured, "tokens_of_heads", np.array([0, 2], np.int64), ctx.workspace)
+    for name in names:
+        value = values[name]
+        for op in ("ReduceMin", "ReduceMax"):
+            inputs = [value, apart] if name in heads else [value]
+            node = ir.node(op, inputs, {"keepdims": 0})
+            node.outputs[0].name, node.outputs[0].type = f"{name}.{op}", ir.TensorType(ir.DataType.FLOAT)
+            measured.graph.append(node)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    wanted = [f"{name}.{op}" for name in names for op in ("ReduceMin", "ReduceMax")]
+    for _, arrays in ctx.runner.stream(measured, ctx.samples, wanted, "calibrating"):
+        for name in names:
+            lo, hi = arrays[f"{name}.ReduceMin"], arrays[f"{name}.ReduceMax"]
+            if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
+                raise not_finite(model, name, np.stack([lo, hi]))
+            known = found.get(name, (lo, hi))
+            found[name] = np.minimum(known[0], lo), np.maximum(known[1], hi)
+    return found
 
 
 def _is_weight(value: ir.Value) -> bool:

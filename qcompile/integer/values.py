@@ -19,7 +19,7 @@ class Wide:
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """uint8 with one range from calibration: real = (value - zero) * scale; ``low`` and ``high`` are its ends."""
+    """uint8 with one range from calibration: real = (value - zero) * scale."""
 
     value: ir.Value
     scale: float
@@ -73,11 +73,4 @@ class Sums:
     rows: Rows | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    """bool: where a mask of 0 and very negative numbers is 0."""
-
-    value: ir.Value
-
-
-Held = Wide | Codes | Rows | Weight | Table | Sums | Flags
+Held = Wide | Codes | Rows | Weight | Table | Sums

@@ -1,4 +1,4 @@
-"""What the code knows of README.md, and docs/passes.md: ``python -m tests.house.readme_sections`` writes them anew.
+"""What the code knows of README.md and the pages in docs/: ``python -m tests.house.readme_sections`` writes it anew.
 
 A part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; whatever is there is replaced.
 """
@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import all_results, table
+from benchmarks.tables import all_results, committed, table
 from qcompile.commands.tables import pass_options
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PASSES_PAGE = ROOT / "docs" / "passes.md"
+INTEGER_PAGE = ROOT / "docs" / "integer.md"
 
 
 def passes() -> str:
@@ -90,6 +91,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "targets": targets,
     "numbers": numbers,
 }
+INTEGER_PARTS: dict[str, Callable[[], str]] = {"operators": lambda: committed("integer_operators")}
 
 
 def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
@@ -97,7 +99,7 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
     for name, write in parts.items():
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
         if begin not in text or end not in text:
-            raise ValueError(f"README has no place '{begin.strip()}' ... '{end}'")
+            raise ValueError(f"there is no place '{begin.strip()}' ... '{end}'")
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}{write()}\n{end}{rest.partition(end)[2]}"
     return text
@@ -106,3 +108,4 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
 if __name__ == "__main__":
     README.write_text(filled(README.read_text(), PARTS))
     PASSES_PAGE.write_text(passes_page())
+    INTEGER_PAGE.write_text(filled(INTEGER_PAGE.read_text(), INTEGER_PARTS))

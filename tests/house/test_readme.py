@@ -6,7 +6,16 @@ import tomllib
 import pytest
 
 from benchmarks.tables import table
-from tests.house.readme_sections import PARTS, PASSES_PAGE, README, ROOT, filled, passes_page
+from tests.house.readme_sections import (
+    INTEGER_PAGE,
+    INTEGER_PARTS,
+    PARTS,
+    PASSES_PAGE,
+    README,
+    ROOT,
+    filled,
+    passes_page,
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -17,6 +26,11 @@ def test_a_generated_part_is_up_to_date(part: str) -> None:
 
 def test_the_page_of_passes_is_up_to_date() -> None:
     assert PASSES_PAGE.read_text() == passes_page(), "run: python -m tests.house.readme_sections"
+
+
+def test_the_page_of_integers_is_up_to_date() -> None:
+    text = INTEGER_PAGE.read_text()
+    assert filled(text, INTEGER_PARTS) == text, "run: python -m tests.house.readme_sections"
 
 
 def test_a_stale_part_is_replaced_and_the_rest_is_kept() -> None:

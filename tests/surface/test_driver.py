@@ -62,12 +62,23 @@ def test_the_pipeline_adds_what_the_named_passes_need() -> None:
         ("smoothquant,canonicalise", "pass 'smoothquant' needs the canonical form", "canonicalise,smoothquant"),
         ("canonicalise,quantise,canonicalise", "pass 'canonicalise' needs the float model", "canonicalise,quantise"),
         ("quantise,quantise", "pass 'quantise' needs the float model", "name quantise once"),
+        ("int_only,os_plus", "'os_plus' needs the float model, but 'int_only' stands before it", "os_plus,int_only"),
+        ("int_only,int_only", "pass 'int_only' needs the float model", "name int_only once"),
+        ("int_only,quantise", "pass 'int_only' needs a quantised model", "recipe with low bits"),
     ],
 )
 def test_passes_in_an_order_that_cannot_work_are_refused(passes: str, message: str, hint: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         names(passes, "w8a8_static")
     assert hint in caught.value.hint
+
+
+def test_what_reads_a_quantised_model_stands_behind_quantise_and_needs_a_recipe_that_quantises() -> None:
+    expected = ["canonicalise", "os_plus", "quantise", "int_only", "lower"]
+    assert names("os_plus,int_only", "w8a8_static") == expected
+    with pytest.raises(UserError, match="needs a quantised model") as caught:
+        names("os_plus,int_only", "float")
+    assert "--recipe w8a8_static" in caught.value.hint
 
 
 def test_a_pass_of_ones_own_may_stand_anywhere() -> None:
