@@ -59,7 +59,7 @@ def texts(rows: int, length: int, seed: int = 0) -> dict[str, Array]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
-class GatherElements(OpRun):  # type: ignore[misc]
+class GatherElements(OpRun):
     """onnx's own takes at most 64 rows."""
 
     op_domain = ""

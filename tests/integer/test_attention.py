@@ -22,7 +22,8 @@ def attended(
     op = f"GroupedAttention <scale = {SCALE}, groups = {HEADS // heads}>" if heads < HEADS else (
         f"Attention <scale = {SCALE}>")  # fmt: skip
     nodes, operand = mask.rsplit(maxsplit=1) if " " in mask else ("", mask)
-    text = f"g ({PORTS % (heads, heads)}) => (float[B, {HEADS}, S, {WIDTH}] y) {{ {nodes} a = qcompile.{op} (q, k, v, {operand}) y = Neg (a) }}"  # noqa: E501
+    made = f"a = qcompile.{op} (q, k, v, {operand})"
+    text = f"g ({PORTS % (heads, heads)}) => (float[B, {HEADS}, S, {WIDTH}] y) {{ {nodes} {made} y = Neg (a) }}"
     held = {"zero": np.zeros((1, 1, 1, 1), np.float32), "nought": np.float32(0), "far": FAR, **(constants or {})}
     return converted(text, held, [feeds], settings)
 

@@ -1,17 +1,14 @@
-"""The walk: floats enter and leave at the boundary, what has no integer form is told, strict refuses."""
+"""The walk: floats enter and leave at the boundary, what has no integer form is told."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import pytest
 
 from qcompile.calibration.runner import open_session
-from qcompile.errors import UserError
 from qcompile.integer.positions import PLACES
-from qcompile.passes.int_only import IntOnly
-from tests.integer.graphs import FLOATS, context, converted, drawn, parsed
+from tests.integer.graphs import FLOATS, converted, drawn
 
 X = drawn(2, 3, 16)
 SAMPLES = [{"x": X}]
@@ -31,29 +28,6 @@ def test_an_operator_without_an_integer_form_stays_between_integers() -> None:
     assert (skip.node, skip.site) == ("Erf:b", "Erf:b")
     assert skip.reason == "Erf stays float: it has no integer form"
     assert done.error({"x": X}) <= 4 * done.step("a") + 2 * done.step()
-
-
-def test_strict_makes_it_an_error_that_names_the_first() -> None:
-    for text, more in ((ISLAND, ""), (ISLAND.replace("Add (b, c)", "Erf (b)"), " and 1 more")):
-        with context(SAMPLES) as ctx, pytest.raises(UserError) as error:
-            IntOnly(strict=True).run(parsed(text, ROW), ctx)
-        assert str(error.value).startswith(f"Erf of 'Erf:b'{more} would stay float: it has no integer form")
-        assert error.value.hint == "leave out strict to keep it float"
-
-
-def test_the_pass_counts_and_records_bounds() -> None:
-    with context(SAMPLES) as ctx:
-        model = parsed(ISLAND, ROW)
-        entry = ctx.ledger.open("int_only", "int_only", "approximation")
-        assert IntOnly(positions=128).run(model, ctx) > 0
-        assert entry.facts["float operators"] == 1
-        assert any("128" in text for text in model.metadata_props.values())
-
-
-@pytest.mark.parametrize("positions", (0, 2**15 + 1))
-def test_more_positions_than_31_bits_add_up_are_refused(positions: int) -> None:
-    with pytest.raises(UserError, match=r"must lie in 1\.\.32768"):
-        IntOnly(positions=positions)
 
 
 def test_names_types_and_axes_of_inputs_and_outputs_stay() -> None:

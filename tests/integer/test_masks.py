@@ -108,7 +108,7 @@ def test_a_constant_beside_the_mask_is_a_bias(nodes: str, bias: object) -> None:
     if bias is None:
         assert found is None
     else:
-        np.testing.assert_array_equal(found, np.array(bias))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found, np.array(bias))
 
 
 def test_a_bias_that_is_no_number_is_refused() -> None:
