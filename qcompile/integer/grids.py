@@ -1,7 +1,9 @@
 """The fixed-point grid of every float value: how many binary places it has.
 
-Values that are added, or only moved, share one grid, so that no operator is spent between them. A grid holds what
-calibration saw with ``HEADROOM`` to spare; beyond that a value saturates, which is what makes overflow impossible.
+Values that are only moved share one grid, and so do a sum and what is added where it is about as large, so that no
+operator is spent between them; where a residual stream grows, by tokens a thousand times larger than the rest, its grid
+grows with it. A grid holds what calibration saw with ``HEADROOM`` to spare; beyond that a value saturates, which is
+what makes overflow impossible.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ KEPT = ("Clip", "ClipTokens", "Neg", "Gelu", "Silu", "Relu", "RotaryEmbedding") 
 SAME = (*MOVES, *KEPT, "Add", "Sub", "Concat", "Where")
 ATTENTIONS = ("Attention", "GroupedAttention")
 WIDE_BITS, NARROW_BITS = 28, 15  # of the bound; narrow where a product with 14 places follows
-HEADROOM, NARROW_HEADROOM = 8.0, 2.0
+HEADROOM, NARROW_HEADROOM = 4.0, 2.0
+ALIKE = 4.0  # a sum so many times larger than what is added has a grid of its own
 MOST_PLACES, GATE_PLACES = 30, 24
 TINY = 1e-9
 
@@ -71,7 +74,9 @@ def find_grids(ctx: Context, model: ir.Model) -> Grids:
     """Stream the samples once, and choose a grid for every value that carries data."""
     values = [v for v in carried(model.graph) if not _is_weight(v)]
     extremes = _extremes(ctx, model, [str(v.name) for v in values])
-    groups = _Groups(values)
+    groups = _Groups(
+        values, {name: float(max(np.abs(lo).max(), np.abs(hi).max())) for name, (lo, hi) in extremes.items()}
+    )
     narrow = _narrow(values)
     places: dict[str, int] = {}
     held_narrow: set[str] = set()
@@ -146,17 +151,25 @@ def _narrow(values: Iterable[ir.Value]) -> set[str]:
     return found
 
 
+def _times(reach: dict[str, float], one: ir.Value, other: ir.Value) -> float:
+    """How many times larger the larger of two values is."""
+    a, b = (max(reach[str(v.name)], TINY) for v in (one, other))
+    return max(a / b, b / a)
+
+
 class _Groups:
     """Values that share a grid."""
 
-    def __init__(self, values: list[ir.Value]) -> None:
+    def __init__(self, values: list[ir.Value], reach: dict[str, float]) -> None:
         self._values = {id(v): v for v in values}
         self._parent = {key: key for key in self._values}
         for value in values:
             node = value.producer()
             if is_op(node, *SAME):
-                for operand in data_operands(node):  # type: ignore[arg-type]
-                    if id(operand) in self._values:
+                most = ALIKE if is_op(node, "Add", "Sub", "Concat") else math.inf
+                operands = [v for v in data_operands(node) if id(v) in self._values]  # type: ignore[arg-type]
+                for operand in operands:
+                    if is_op(operand.producer(), "MatMul") or _times(reach, value, operand) <= most:
                         self._parent[self._root(id(value))] = self._root(id(operand))
 
     def _root(self, key: int) -> int:
