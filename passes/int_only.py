@@ -25,6 +25,7 @@ from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.proof.prepared import BOUNDS
 
 MOST_ROWS = 1024  # of a batch
+MOST_POSITIONS = 2**15  # 16-bit weights of so many tokens add up to 31 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class IntOnly(Pass):
     strict: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self, 1, 2**20, "positions")
+        check_range(self, 1, MOST_POSITIONS, "positions")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         converter = convert(model, ctx, Settings(self.positions, self.probability_bits), RULES)

@@ -27,22 +27,28 @@ MIDDLE = 128
 BALANCE = 0.5  # the share of a key channel's size that moves to the query's
 TINY = 1e-9
 PERIOD_BITS = 13  # of the smallest period: ln 2 in units of the scores
-ALIKE = 6.0  # times that heads may differ in the unit of their scores: the periods of all fit 16 bits
+ALIKE = 4.0  # times that heads may differ in the unit of their scores: the periods of all fit 16 bits
+MOST_PERIOD = 2**16 - 1
+MOST_BIAS = 2**28  # of scores
+MOST_LIFT = 19  # bits of the periods
 
 
 def attention(c: Converter, node: ir.Node) -> None:
     """Attention{scale} or GroupedAttention{scale, groups} over (B, H, S, d)."""
     q, k, v = (c.wide(value) for value in node.inputs[:3])
     groups = match.int_attribute(node, "groups", 1)
-    heads, width = _layout(node.inputs[1]), _layout(node.inputs[1], 3)
-    if heads is None or width is None:
+    heads, widths = _layout(node.inputs[1]), tuple(_layout(value, 3) for value in node.inputs[1:3])
+    if heads is None or None in widths:
         raise Refused("the number of heads or their width is not known")
+    given = node.inputs[3] if len(node.inputs) > 3 else None
     try:
-        mask = masks.flags_of(node.inputs[3], c.emit) if node.inputs[3] is not None else masks.all_true(c.emit)
+        mask, bias = masks.split(given, c.emit) if given is not None else (masks.all_true(c.emit), None)
     except masks.NoFlags as error:
         raise Refused(str(error)) from error
-    made = _Attention(c, node, heads, groups, int(width))
-    c.put(node, made.write(q, k, v, mask), c.bound(node.outputs[0]))
+    if groups > 1 and _per_head(mask):
+        raise Refused("each head has a mask of its own, and heads are grouped")
+    made = _Attention(c, node, heads, groups, (int(widths[0]), int(widths[1])))  # type: ignore[arg-type]
+    c.put(node, made.write(q, k, v, mask, bias), c.bound(node.outputs[0]))
 
 
 def _layout(value: ir.Value | None, axis: int = 1) -> int | None:
@@ -50,22 +56,30 @@ def _layout(value: ir.Value | None, axis: int = 1) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _per_head(mask: ir.Value) -> bool:
+    """Whether the mask is not known to be the same for all heads."""
+    return mask.shape is None or (len(mask.shape) > 2 and mask.shape[-3] != 1)
+
+
 class _Attention:
-    """``heads``: of keys and values; each serves ``groups`` heads of queries."""
+    """``heads``: of keys and values; each serves ``groups`` heads of queries; ``widths``: of keys and of values."""
 
-    def __init__(self, c: Converter, node: ir.Node, heads: int, groups: int, width: int) -> None:
+    def __init__(self, c: Converter, node: ir.Node, heads: int, groups: int, widths: tuple[int, int]) -> None:
         self.c, self.emit, self.node = c, c.emit, node
-        self.heads, self.groups, self.width = heads, groups, width
+        self.heads, self.groups, self.widths = heads, groups, widths
 
-    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value) -> ir.Value:
+    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value, bias: np.ndarray | None) -> ir.Value:
         emit = self.emit
         (_, q_reach), (k_middle, k_reach), (v_middle, v_reach) = (self._extremes(i) for i in range(3))
-        q_reach = q_reach.reshape(self.heads, self.groups, self.width)  # heads of keys, their queries, channels
+        q_reach = q_reach.reshape(self.heads, self.groups, self.widths[0])  # heads of keys, their queries, channels
         together = np.maximum(q_reach.max(axis=1), TINY)
         share = k_reach**BALANCE / together ** (1 - BALANCE)  # (heads, width): keys are divided by it
         k_step = (k_reach / share).max(axis=1) / TOP
         q_step = (q_reach * share[:, None]).max(axis=(1, 2)) / TOP
-        q_step = np.maximum(q_step, (q_step * k_step).max() / ALIKE / k_step)  # one lift serves all heads
+        scale = float(self.node.attributes["scale"].as_float())
+        unit = q_step * k_step * scale  # of the scores, by head: one lift serves all
+        unit = np.maximum(unit, max(unit.max() / ALIKE, np.log(2) / MOST_PERIOD))
+        q_step = unit / (k_step * scale)
         keys = self._codes(k, k_middle, 1 / (share * k_step[:, None]))
         values = self._codes(v, v_middle, TOP / v_reach)
         per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
@@ -73,8 +87,9 @@ class _Attention:
         queries = self._split(emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8), U8)
         turned = emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2])
         scores = self._product(queries, self._beside(turned, I8), MIDDLE)
-        scale = float(self.node.attributes["scale"].as_float())
-        parts, total = self._weights(scores, self._beside(mask, BOOL), np.log(2) / (q_step * k_step * scale))
+        if bias is not None:
+            scores = self.emit.put("Add", [scores, self._bias(bias, unit)])
+        parts, total = self._weights(scores, self._spread(mask), np.log(2) / unit)
         beside = self._beside(values, I8)
         sums = [self._product(part, beside, 0) for part in parts]
         mixed, unit_places = self._mean(sums, total)
@@ -108,16 +123,31 @@ class _Attention:
 
     def _split(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
         """(B, H, S, n) -> (B, heads, groups, S, n)"""
-        shape = self.emit.int64s(0, self.heads, self.groups, -1, self.width)
+        shape = self.emit.int64s(0, self.heads, self.groups, -1, self.widths[0])
         return self.emit.put("Reshape", [x, shape], kind) if self.groups > 1 else x
 
     def _beside(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
-        """(B, heads, S, n), or a mask -> (B, heads, 1, S, n)"""
+        """(B, heads, S, n) -> (B, heads, 1, S, n)"""
         return self.emit.put("Unsqueeze", [x, self.emit.int64s(2)], kind) if self.groups > 1 else x
+
+    def _spread(self, mask: ir.Value) -> ir.Value:
+        """A mask for all heads -> (B, 1, 1, S, n), or of fewer axes."""
+        return self._beside(mask, BOOL) if mask.shape is not None and len(mask.shape) == 4 else mask
+
+    def _bias(self, bias: np.ndarray, unit: np.ndarray) -> ir.Value:
+        """A constant that is added to the scores, in their units."""
+        shape = (1,) * (4 - bias.ndim) + bias.shape
+        each = np.repeat(unit, self.groups)[:, None, None]
+        steps = np.rint(bias.reshape(shape).astype(np.float64) / each)
+        if not np.abs(steps).max() < MOST_BIAS:
+            raise Refused("the bias of its scores is too large")
+        if self.groups > 1:
+            steps = steps.reshape(shape[0], self.heads, self.groups, *shape[2:])
+        return self.emit.int32(steps.astype(np.int32), "bias")
 
     def _joined(self, x: ir.Value) -> ir.Value:
         """(B, heads, groups, S, d) -> (B, H, S, d)"""
-        shape = self.emit.int64s(0, self.heads * self.groups, -1, self.width)
+        shape = self.emit.int64s(0, self.heads * self.groups, -1, self.widths[1])
         return self.emit.put("Reshape", [x, shape]) if self.groups > 1 else x
 
     def _product(self, left: ir.Value, right: ir.Value, zero: int) -> ir.Value:
@@ -126,7 +156,9 @@ class _Attention:
     def _weights(self, scores: ir.Value, mask: ir.Value, period: np.ndarray) -> tuple[Sequence[ir.Value], ir.Value]:
         """Codes of the softmax (two bytes each where they have 16 bits) and their sum; period (heads,)."""
         lift = max(0, PERIOD_BITS - math.floor(math.log2(float(period.min()))))
-        units = np.minimum(np.rint(period * 2.0**lift), 2**16 - 1).astype(np.int32)
+        if lift > MOST_LIFT:
+            raise Refused("its scores are too steep for a softmax in integers")
+        units = np.minimum(np.rint(period * 2.0**lift), MOST_PERIOD).astype(np.int32)
         units = units.reshape(1, -1, *(1 for _ in range(2 if self.groups == 1 else 3)))
         inputs = [scores, mask, self.emit.int32(units)]
         if self.c.settings.probability_bits == 8:

@@ -17,12 +17,13 @@ from onnx_ir.passes import common
 
 from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.provenance import layer_name, original_name
-from qcompile.integer.emit import LIMIT, Emitter, check_bound
+from qcompile.integer.emit import LIMIT, Emitter
 from qcompile.integer.grids import Grids, find_grids
 from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+SURE = 2**28  # a requantised number is not cut below it
 
 
 class Refused(Exception):
@@ -67,19 +68,26 @@ class Converter:
         if held is None:
             held = self._entered(value)
         if isinstance(held, Sums):
-            held = self.scaled(held, str(value.name))
+            held = self.scaled(held, value)
         if not isinstance(held, Wide):
             raise Refused(f"'{value.name}' is {type(held).__name__.lower()}, not numbers on a grid")
         self.held[id(value)] = held
         return held
 
     def constant(self, value: ir.Value | None, places: int) -> ir.Value:
-        """The float constant ``value`` on a grid."""
+        """The float constant ``value`` on a grid; Refused where the grid does not reach so far."""
         array = constant_array(value)
-        assert array is not None
+        assert array is not None and value is not None
         codes = np.rint(array.astype(np.float64) * 2.0**places)
-        check_bound(float(np.abs(codes).max(initial=0)), "a constant", str(value.name))  # type: ignore[union-attr]
-        return self.emit.int32(codes.astype(np.int32), f"{value.name}.integer")  # type: ignore[union-attr]
+        if not np.abs(codes).max(initial=0) < LIMIT:  # NaN neither
+            raise Refused(f"the constant '{value.name}' is larger than anything that calibration saw beside it")
+        return self.emit.int32(codes.astype(np.int32), f"{value.name}.integer")
+
+    def operand(self, value: ir.Value | None, places: int, bound: int) -> ir.Value:
+        """``value``, constant or not, on another grid."""
+        if constant_array(value) is not None:
+            return self.constant(value, places)
+        return self.emit.rescaled(self.wide(value), places, bound).value
 
     def places(self, value: ir.Value) -> int:
         found = self.grids.places.get(str(value.name))
@@ -98,23 +106,24 @@ class Converter:
         value.shape = result.shape
         self.held[id(result)] = Wide(value, self.places(result) if places is None else places, bound)
 
-    def scaled(self, sums: Sums, name: str) -> Wide:
-        """``sums`` on the grid of the value ``name``."""
-        places, bound = self.grids.places[name], self.grids.bound(name)
+    def scaled(self, sums: Sums, value: ir.Value) -> Wide:
+        """``sums`` on the grid of ``value``."""
+        places, bound = self.places(value), self.bound(value)
         if sums.rows is None:
-            value = self.emit.requantize(sums.value, sums.bound, sums.factor * 2.0**places, -bound, bound)
-            return Wide(value, places, bound)
+            made = self.emit.requantize(sums.value, sums.bound, sums.factor * 2.0**places, -bound, bound)
+            return Wide(made, places, bound)
         return Wide(self._scaled_rows(sums, sums.rows, places, bound), places, bound)
 
     def _scaled_rows(self, sums: Sums, rows: Rows, places: int, bound: int) -> ir.Value:
-        """In two steps: by the columns' factors to nearly 30 bits, then by each row's step, and to the grid.
+        """In two steps: by the columns' factors to nearly 28 bits, then by each row's step, and to the grid.
 
         What the first step leaves out is put back behind the second for rows that are large, where their last bits do
         not count, and in it for all others.
         """
         emit = self.emit
         scale = sums.factor * 2.0 ** (places - rows.places + 33 - rows.bits)
-        excess = max(0, math.ceil(math.log2(sums.bound * float(np.abs(scale).max()) / (LIMIT - 1))))
+        reach = sums.bound / 2 * float(np.abs(scale).max())  # the bound is for both terms of a difference
+        excess = max(0, math.ceil(math.log2(reach / SURE))) if reach else 0
         most = LIMIT - 1
         middle = emit.requantize(sums.value, sums.bound, scale / 2.0**excess, -most, most)
         if not excess:
@@ -136,7 +145,28 @@ class Converter:
         real = ir.DataType.FLOAT
         scaled = self.emit.put("Mul", [value, step], real)
         inside = self.emit.put("Clip", [scaled, *ends], real)
+        self._real[id(value)] = value  # who reads floats goes on reading it
         return Wide(self.emit.cast(self.emit.put("Round", [inside], real), ir.DataType.INT32), places, bound)
+
+    def release(self, value: ir.Value, reader: ir.Node | None) -> None:
+        """Let the rounding of tokens stay float, for a reader that takes no codes."""
+        node = value.producer()
+        assert node is not None
+        place = node.inputs[0]
+        if id(place) in self.held and place is not None:
+            now, self.emit.node = self.emit.node, node
+            node.replace_input_with(0, self.real(place))
+            self.emit.node = now
+        what = f"{reader.op_type} of '{layer_name(reader)}'" if reader is not None else "an output"
+        if all(other is not node for other, _ in self.floats):
+            self.floats.append((node, f"{what} reads it as floats"))
+
+    def left(self, before: list[ir.Node]) -> list[tuple[ir.Node, str]]:
+        """Float nodes of the model that a float node behind them keeps, although each has an integer form."""
+        known = {id(node) for node, _ in self.floats}
+        kept = [n for n in before if n.graph is not None and id(n) not in known and _has_floats(n)]
+        kept = [node for node in kept if node.op_type not in ("Shape", "Size")]
+        return [(node, "what stays float reads it") for node in kept]
 
     def real(self, value: ir.Value) -> ir.Value:
         """``value`` as floats, for a node that stays float or an output."""
@@ -155,22 +185,27 @@ def convert(model: ir.Model, ctx: Context, settings: Settings, rules: dict[str, 
     """Bring ``model`` to integers in place, as far as there are ``rules`` by operator."""
     grids = find_grids(ctx, model)
     converter = Converter(model, ctx, grids, settings)
+    before = list(model.graph)
     with naming(model):
-        for node in list(model.graph):
+        for node in before:
             converter.emit.node = node
             _convert_node(converter, node, rules)
         _give_out(converter)
+    model.graph.sort()
     common.RemoveUnusedNodesPass()(model)
-    converter.floats = [(node, why) for node, why in converter.floats if node.graph is not None]
+    converter.floats = [*converter.left(before), *((n, why) for n, why in converter.floats if n.graph is not None)]
     for node, why in converter.floats:
         ctx.ledger.skip(layer_name(node), f"{node.op_type} stays float: {why}", original_name(node))
     return converter
 
 
+def _has_floats(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype in FLOATS for v in (*node.inputs, *node.outputs))
+
+
 def _convert_node(converter: Converter, node: ir.Node, rules: dict[str, Rule]) -> None:
     rule = rules.get(node.op_type)
-    touches = any(v is not None and v.dtype in FLOATS for v in (*node.inputs, *node.outputs))
-    if not touches or all(constant_array(v) is not None for v in node.outputs):
+    if not _has_floats(node) or all(constant_array(v) is not None for v in node.outputs):
         return
     if rule is None:
         _stay_float(converter, node, "it has no integer form")
@@ -184,8 +219,11 @@ def _convert_node(converter: Converter, node: ir.Node, rules: dict[str, Rule]) -
 def _stay_float(converter: Converter, node: ir.Node, why: str) -> None:
     """Leave ``node``; what it reads in integers is brought back to real numbers."""
     for index, value in enumerate(node.inputs):
-        if value is not None and isinstance(converter.held.get(id(value)), Wide | Sums | Codes):
-            node.replace_input_with(index, converter.real(value))
+        held = converter.held.get(id(value)) if value is not None else None
+        if isinstance(held, Wide | Sums | Codes):
+            node.replace_input_with(index, converter.real(value))  # type: ignore[arg-type]
+        elif isinstance(held, Rows):
+            converter.release(value, node)  # type: ignore[arg-type]
     converter.floats.append((node, why))
 
 
@@ -193,12 +231,17 @@ def _give_out(converter: Converter) -> None:
     """Let the outputs of the graph come from integers."""
     graph = converter.model.graph
     for place, value in enumerate(graph.outputs):
-        if id(value) not in converter.held:
-            continue
+        held = converter.held.get(id(value))
+        if isinstance(held, Rows):
+            converter.release(value, None)
         node = value.producer()
-        assert node is not None
+        if node is None or not isinstance(held, Wide | Sums | Codes):
+            continue
         converter.emit.node = node
         made = converter.real(value)
+        if made is value:
+            continue
         name, made.shape, made.type = value.name, value.shape, value.type
+        made.metadata_props.update(value.metadata_props)
         value.name, made.name = f"{name}.float", name
         graph.outputs[place] = made

@@ -71,13 +71,14 @@ class Emitter:
 
     def requantize(self, value: ir.Value, bound: int, factor: ArrayLike, low: int, high: int) -> ir.Value:
         """clip(round(value * factor), low, high) in int32; |value| <= bound, and saturates where the result would."""
-        m, d, lift = fit(factor)
-        if lift or bound >= LIMIT:
-            reach = (LIMIT - 1) >> lift
-            if bound > reach:
-                value = self.clip(value, -reach, reach)
-            if lift:
-                value = self.put("Mul", [value, self.int32(2**lift)])
+        lift = lifts(factor)
+        m, d, _ = fit(np.asarray(factor, np.float64) / 2.0**lift)
+        reach = (LIMIT - 1) >> lift
+        if (bound > reach).any():
+            ends = self.int32(-reach), self.int32(reach)
+            value = self.put("Min", [self.put("Max", [value, ends[0]]), ends[1]])
+        if lift.any():
+            value = self.put("Mul", [value, self.int32(2**lift)])
         op = "Requantize" if (m >= 0).all() else "RequantizeSigned"
         return self.put(op, [value, self.int32(m), self.int32(d)], low=low, high=high)
 
@@ -106,6 +107,16 @@ class Emitter:
         scale = self.constant(np.asarray(codes.scale, np.float32), "scale")
         zero = self.constant(np.asarray(codes.zero, np.uint8), "zero")
         return self.put("DequantizeLinear", [codes.value, scale, zero], ir.DataType.FLOAT)
+
+
+def lifts(factor: ArrayLike) -> np.ndarray:
+    """By how many bits each value must be lifted for ``fit``: one number where all are alike.
+
+    Each its own: with the largest for all, a channel of a small factor would saturate where its result does not.
+    """
+    size = np.abs(np.asarray(factor, np.float64))
+    found = np.where(size > 0, np.maximum(np.frexp(size)[1] + 1, 0), 0)
+    return found if found.size and found.min() < found.max() else np.asarray(found.max(initial=0))
 
 
 def check_bound(bound: float, what: str, where: str) -> None:

@@ -20,8 +20,12 @@ from qcompile.graph.edits import constant_array, new_initializer
 from qcompile.graph.functions import is_op
 from qcompile.pipeline import Context
 
-MOVES = ("Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Flatten")
-SAME = (*MOVES, "Add", "Sub", "Concat", "Clip", "Gelu", "Silu", "Relu", "RotaryEmbedding", "Where")
+MOVES = (
+    "Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Flatten", "Tile",
+    "GatherND", "GatherElements",
+)  # fmt: skip
+KEPT = ("Clip", "ClipTokens", "Neg", "Gelu", "Silu", "Relu", "RotaryEmbedding")  # no larger than what they read
+SAME = (*MOVES, *KEPT, "Add", "Sub", "Concat", "Where")
 ATTENTIONS = ("Attention", "GroupedAttention")
 WIDE_BITS, NARROW_BITS = 28, 15  # of the bound; narrow where a product with 14 places follows
 HEADROOM, NARROW_HEADROOM = 4.0, 2.0
@@ -124,12 +128,17 @@ def _most_places(value: ir.Value) -> int:
     """What the operators that read ``value`` take: GELU a unit below 2^25, a norm an epsilon below 2^29 units^2."""
     most = MOST_PLACES
     for node in (use.node for use in value.uses()):
-        if is_op(node, "Gelu", "Silu", "Tanh"):
+        if is_op(node, "Gelu", "Silu", "Tanh", "Sigmoid"):
             most = min(most, GATE_PLACES)
         if is_op(node, "LayerNormalization", "RMSNormalization") and node.inputs[0] is value:
-            epsilon = max(node.attributes["epsilon"].as_float(), 1e-30)
-            most = min(most, math.floor((29 - math.log2(epsilon)) / 2))
+            most = min(most, math.floor((29 - math.log2(max(epsilon_of(node), 1e-30))) / 2))
     return most
+
+
+def epsilon_of(node: ir.Node) -> float:
+    """Of a norm; the default is ONNX's."""
+    attribute = node.attributes.get("epsilon")
+    return float(attribute.as_float()) if attribute is not None else 1e-5
 
 
 def _narrow(values: Iterable[ir.Value]) -> set[str]:

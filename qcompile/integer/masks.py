@@ -21,11 +21,18 @@ class NoFlags(Exception):
 
 def flags_of(value: ir.Value, emit: Emitter) -> ir.Value:
     """bool like ``value``, True where it is 0. Raises NoFlags where it is anything but 0 or far below it."""
+    found = _flags(value, emit)
+    if found.shape is None:
+        found.shape = value.shape
+    return found
+
+
+def _flags(value: ir.Value, emit: Emitter) -> ir.Value:
     held = constant_array(value)
     if held is not None:
         if not ((held == 0) | (held < FAR)).all():
             raise NoFlags("the mask holds numbers that are neither 0 nor far below it")
-        return emit.constant(held == 0, "mask")
+        return _known(held == 0, emit)
     node = value.producer()
     if node is None:
         raise NoFlags(f"the mask comes from the float input '{value.name}'")
@@ -40,6 +47,30 @@ def flags_of(value: ir.Value, emit: Emitter) -> ir.Value:
     if is_op(node, "Mul"):
         return _scaled(node, emit)
     raise NoFlags(f"{node.op_type} is in the way to the mask's flags")
+
+
+def split(value: ir.Value, emit: Emitter) -> tuple[ir.Value, np.ndarray | None]:
+    """The flags of a mask, and a constant that it adds to the scores besides. Raises NoFlags."""
+    array, rest = constant_array(value), None
+    if array is None:
+        node = value.producer()
+        found = match.constant_operand(node) if is_op(node, "Add") else None  # type: ignore[arg-type]
+        if found is None:
+            return flags_of(value, emit), None
+        rest, array = found
+    near = ~(array < FAR)
+    if not np.isfinite(array[near]).all():
+        raise NoFlags("the mask holds numbers that are not finite")
+    flags = _known(near, emit)
+    bias = np.where(near, array, 0) if array[near].any() else None
+    if rest is None:
+        return flags, bias
+    others = flags_of(rest, emit)
+    if near.all():
+        return others, bias
+    both = emit.put("And", [others, flags], BOOL)
+    both.shape = value.shape
+    return both, bias
 
 
 def _chosen(node: ir.Node, emit: Emitter) -> ir.Value:
@@ -63,15 +94,32 @@ def _scaled(node: ir.Node, emit: Emitter) -> ir.Value:
     """(1 - mask) * far, the mask a Cast of flags or of 0 and 1."""
     found = match.constant_operand(node)
     minus = match.producer(found[0], "Sub") if found is not None else None
-    if found is None or minus is None or found[1].size != 1 or found[1].reshape(-1)[0] > FAR:
+    far = found is not None and found[1].size == 1 and found[1].reshape(-1)[0] < FAR
+    if minus is None or not far or match.scalar(minus.inputs[0]) != 1:
         raise NoFlags("a product that is not (1 - mask) times a very negative number")
-    if match.scalar(minus.inputs[0]) != 1:
-        raise NoFlags("a product that is not (1 - mask) times a very negative number")
-    cast = match.producer(match.through(minus.inputs[1], *_VIEWS), "Cast")
-    if cast is None or minus.inputs[1] is not cast.outputs[0]:
+    return _kept(minus.inputs[1], emit)
+
+
+def _kept(value: ir.Value | None, emit: Emitter) -> ir.Value:
+    """bool: where a float mask of ones and zeros is one."""
+    node = match.producer(value, "Cast", *_VIEWS)
+    if node is None or node.op_type == "Concat":
         raise NoFlags("a mask that is no Cast of flags")
-    return emit.cast(cast.inputs[0], BOOL)  # type: ignore[arg-type]
+    source = node.inputs[0]
+    assert source is not None
+    if node.op_type != "Cast":
+        attributes = {a.name: a.value for a in node.attributes.values()}
+        return emit.put(node.op_type, [_kept(source, emit), *node.inputs[1:]], BOOL, **attributes)
+    if source.dtype is None or source.dtype.is_floating_point():
+        raise NoFlags(f"the mask is made of the float '{source.name}'")
+    return emit.cast(source, BOOL)
 
 
 def all_true(emit: Emitter) -> ir.Value:
-    return emit.constant(np.ones((1, 1, 1, 1), bool), "mask")
+    return _known(np.ones((1, 1, 1, 1), bool), emit)
+
+
+def _known(flags: np.ndarray, emit: Emitter) -> ir.Value:
+    made = emit.constant(flags, "mask")
+    made.shape = ir.Shape(flags.shape)
+    return made

@@ -33,8 +33,10 @@ def factors(value: ir.Value, emit: Emitter, positions: int) -> ir.Value:
     if axes:
         inside = emit.put("Squeeze", [inside, emit.int64s(*axes)], ir.DataType.INT64)
     picked = emit.put("Gather", [emit.constant(table, f"{value.name}.table"), inside], axis=0)
-    missing = rank - (len(source.shape or ()) - len(axes) + 1)
-    return picked if missing <= 0 else emit.put("Unsqueeze", [picked, emit.int64s(*range(1, 1 + missing))])
+    given = len(source.shape or ()) - len(axes)
+    missing = rank - (given + 1)
+    first = 1 if given > 1 else 0  # behind the batch, where there is one
+    return picked if missing <= 0 else emit.put("Unsqueeze", [picked, emit.int64s(*range(first, first + missing))])
 
 
 def _extra_axes(source: ir.Value, rank: int) -> list[int]:
@@ -68,16 +70,29 @@ def _positions(value: ir.Value) -> ir.Value:
 
 
 def _computed(model: ir.Model, workspace: Workspace, source: ir.Value, value: ir.Value, positions: int) -> np.ndarray:
-    """(positions, d): what the graph makes of each position."""
-    graph = ir.convenience.extract(model.graph, [source], [value])
+    """(positions, d): what the graph makes of each position. NoTable where one is made of others too."""
+    try:
+        graph = ir.convenience.extract(model.graph, [source], [value])
+    except ValueError as error:
+        raise NoTable("they need more than the positions") from error
     for given in graph.inputs:
         given.type = source.type
     part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     session = open_session(workspace.save(part, "positions"))
     shape = [1 if size == 1 else None for size in (source.shape or ())]
     places = [axis for axis, size in enumerate(shape) if size is None]
-    fed = np.arange(positions, dtype=source.dtype.numpy())  # type: ignore[union-attr]
     layout = [1] * len(shape)
-    layout[places[-1] if places else -1] = positions
-    result: np.ndarray = session.run(None, {str(graph.inputs[0].name): fed.reshape(layout)})[0]
-    return result.reshape(positions, -1) if result.size % positions == 0 else result
+
+    def run(fed: np.ndarray) -> np.ndarray:
+        layout[places[-1] if places else -1] = len(fed)
+        result: np.ndarray = session.run(None, {str(graph.inputs[0].name): fed.reshape(layout)})[0]
+        if result.size % len(fed) or result.shape.count(len(fed)) == 0:
+            raise NoTable("they have no row for each position")
+        return result.reshape(len(fed), -1)
+
+    fed = np.arange(positions, dtype=source.dtype.numpy())  # type: ignore[union-attr]
+    table = run(fed)
+    some = fed[: max(1, positions // 2)][::-1]
+    if np.abs(run(np.ascontiguousarray(some)) - table[: len(some)][::-1]).max() > 2.0 ** -(PLACES + 2):
+        raise NoTable("they depend on how many positions there are, or on their order")
+    return table

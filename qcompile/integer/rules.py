@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array
-from qcompile.integer import attention, positions
+from qcompile.integer import attention, elementwise, positions
 from qcompile.integer.convert import Converter, Refused, Rule
-from qcompile.integer.emit import check_bound
-from qcompile.integer.grids import MOVES
+from qcompile.integer.elementwise import product_of, scale
+from qcompile.integer.emit import LIMIT, check_bound
+from qcompile.integer.grids import MOVES, NARROW_BITS, epsilon_of
 from qcompile.integer.values import Codes, Rows, Sums, Table, Weight, Wide
 from qcompile.quant.integer import fit
 
 NORM_PLACES = 20  # of a normalised row
 NORM_BOUND = 2**26
-GATE_PLACES = 15  # of what lies between -1 and 1
+MOST_CHANNELS = 2**14  # of a normalised row
 CODE_PLACES = 21  # zeros behind a code, so that scaling it rounds late
 U8, I8, I32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 
@@ -28,11 +27,14 @@ U8, I8, I32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 
 def quantize(c: Converter, node: ir.Node) -> None:
     """QuantizeLinear with one scale: codes of the grid's numbers."""
+    factors = constant_array(node.inputs[1])
+    zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), np.uint8)
+    if factors is None or zero is None or factors.size != 1 or zero.size != 1:
+        raise Refused("activations have no one scale that is constant")
+    if zero.dtype != np.uint8:
+        raise Refused(f"codes are {zero.dtype}, not uint8")
     x = c.wide(node.inputs[0])
-    scale, zero = constant_array(node.inputs[1]), constant_array(node.inputs[2])
-    if scale is None or zero is None or scale.size != 1:
-        raise Refused("activations have one scale for each channel")
-    step, middle = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+    step, middle = float(factors.reshape(-1)[0]), int(zero.reshape(-1)[0])
     steps = c.emit.requantize(x.value, x.bound, np.float64(2.0**-x.places / step), -middle, 255 - middle)
     codes = c.emit.cast(c.emit.put("Add", [steps, c.emit.int32(middle)]), U8)
     c.held[id(node.outputs[0])] = Codes(codes, step, middle)
@@ -51,7 +53,9 @@ def dequantize(c: Converter, node: ir.Node) -> None:
     zero = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if zero is not None and zero.any():
         raise Refused("weights have zero points")
-    if codes.ndim != 2 or codes.dtype != np.int8 or match.int_attribute(node, "block_size", 0):
+    if codes.ndim != 2 or codes.dtype != np.int8:
+        raise Refused(f"weights are {codes.dtype} of {codes.ndim} axes, not an int8 matrix")
+    if match.int_attribute(node, "block_size", 0):
         raise Refused("weights have one scale for each group of rows")
     result = node.outputs[0]
     if match.int_attribute(node, "axis", 1) % 2 == 1:
@@ -93,7 +97,7 @@ def product(c: Converter, node: ir.Node) -> None:
         columns = w.codes.astype(np.int64).sum(axis=0).astype(np.int32)
         shift = c.emit.put("Mul", [x.zero, c.emit.int32(columns, "column_sums")])
         sums = c.emit.put("Sub", [raw, shift])
-        held = Sums(sums, w.scale.astype(np.float64), int(255 * sizes.max() * 2), x)
+        held = Sums(sums, w.scale.astype(np.float64), 2 * (2**x.bits - 1) * int(sizes.max()), x)
     check_bound(held.bound, "the sum of a product", str(node.name))
     c.held[id(node.outputs[0])] = held
 
@@ -114,7 +118,7 @@ def transpose(c: Converter, node: ir.Node) -> None:
 def add(c: Converter, node: ir.Node) -> None:
     left, right = node.inputs
     for value, other in ((left, right), (right, left)):
-        if constant_array(other) is not None:
+        if constant_array(other) is not None and constant_array(value) is None:
             _add_constant(c, node, value, other)
             return
     result = node.outputs[0]
@@ -125,30 +129,44 @@ def add(c: Converter, node: ir.Node) -> None:
 
 
 def _add_constant(c: Converter, node: ir.Node, value: ir.Value | None, constant: ir.Value | None) -> None:
-    held, array = c.get(value), constant_array(constant)
+    """Numbers and a constant: value + constant, value - constant or constant - value."""
+    held, array = c.held.get(id(value)), constant_array(constant)
     assert array is not None
     result = node.outputs[0]
-    sign = -1.0 if node.op_type == "Sub" else 1.0
-    if node.op_type == "Sub" and value is not node.inputs[0]:
-        raise Refused("a constant minus numbers")
-    if isinstance(held, Sums) and held.rows is None and array.size in (1, held.factor.size):
-        bias = np.rint(sign * array.astype(np.float64).reshape(-1) / held.factor)
-        limit = held.bound + float(np.abs(bias).max())
-        if limit < 2**31:
+    minus = node.op_type == "Sub"
+    turned = minus and value is not node.inputs[0]
+    if isinstance(held, Sums) and held.rows is None and _is_row(array, held.factor.size):
+        factor = -held.factor if turned else held.factor
+        bias = _whole((-array if minus and not turned else array).astype(np.float64).reshape(-1), factor)
+        if bias is not None and held.bound + np.abs(bias).max() < LIMIT:
             total = c.emit.put("Add", [held.value, c.emit.int32(bias.astype(np.int32), "bias")])
-            c.held[id(result)] = Sums(total, held.factor, int(limit))
+            c.held[id(result)] = Sums(total, factor, held.bound + int(np.abs(bias).max()))
             return
     x = c.emit.rescaled(c.wide(value), c.places(result), c.bound(result))
     bound = c.bound(result)
-    total = c.emit.put(node.op_type, [x.value, c.constant(constant, x.places)])
+    operands = [x.value, c.constant(constant, x.places)]
+    total = c.emit.put(node.op_type, operands[::-1] if turned else operands)
     c.put(node, c.emit.clip(total, -bound, bound), bound)
+
+
+def _is_row(array: np.ndarray, columns: int) -> bool:
+    """Whether it is one number, or one for each column."""
+    return array.size == 1 or array.size == array.shape[-1] == columns
+
+
+def _whole(bias: np.ndarray, factor: np.ndarray) -> np.ndarray | None:
+    """``bias`` in units of ``factor``; None where a column has none, or where no integer holds it."""
+    if not factor.all():
+        return None
+    found: np.ndarray = np.rint(bias / factor)
+    return found if np.abs(found).max(initial=0) < LIMIT else None
 
 
 def multiply(c: Converter, node: ir.Node) -> None:
     left, right = node.inputs
     for value, other in ((left, right), (right, left)):
         array = constant_array(other)
-        if array is not None:
+        if array is not None and constant_array(value) is None:
             scale(c, node, c.wide(value), array.astype(np.float64))
             return
     a, b = c.wide(left), c.wide(right)
@@ -157,76 +175,31 @@ def multiply(c: Converter, node: ir.Node) -> None:
     c.put(node, product_of(c, a, b, places, bound), bound)
 
 
-def scale(c: Converter, node: ir.Node, x: Wide, factor: np.ndarray) -> None:
-    """x times constants that broadcast to it."""
-    result = node.outputs[0]
-    places, bound = c.places(result), c.bound(result)
-    value = c.emit.requantize(x.value, x.bound, factor * 2.0 ** (places - x.places), -bound, bound)
-    c.put(node, value, bound)
-
-
-def product_of(c: Converter, a: Wide, b: Wide, places: int, bound: int) -> ir.Value:
-    """a * b on a grid; b in 15 bits."""
-    narrow = 2 ** max(0, b.bound.bit_length() - 15)
-    divisor = 2.0 ** (a.places + b.places - places - 16) / narrow
-    lift = max(0, -math.floor(math.log2(divisor)))
-    end = bound >> lift
-    made = c.emit.put(
-        "MultiplyWide", [a.value, b.value], narrow=narrow, divisor=int(divisor * 2**lift), low=-end, high=end
-    )
-    return c.emit.put("Mul", [made, c.emit.int32(2**lift)]) if lift else made
-
-
-def activation(c: Converter, node: ir.Node) -> None:
-    x = c.wide(node.inputs[0])
-    kind = node.attributes.get("approximate")
-    op = "IntegerGeluTanh" if kind is not None and kind.as_string() == "tanh" else f"Integer{node.op_type}"
-    made = c.emit.put(op, [x.value], unit=2**x.places)
-    c.put(node, made, x.bound, x.places)
-
-
-def relu(c: Converter, node: ir.Node) -> None:
-    x = c.wide(node.inputs[0])
-    c.put(node, c.emit.put("Max", [x.value, c.emit.int32(0)]), x.bound, x.places)
-
-
-def tanh(c: Converter, node: ir.Node) -> None:
-    x = c.wide(node.inputs[0])
-    made = Wide(c.emit.put("IntegerTanh", [x.value], unit=2**x.places), GATE_PLACES, 2**GATE_PLACES)
-    result = node.outputs[0]
-    found = c.emit.rescaled(made, c.places(result), c.bound(result))
-    c.put(node, found.value, found.bound)
-
-
-def clip(c: Converter, node: ir.Node) -> None:
-    x = c.wide(node.inputs[0])
-    value = x.value
-    for op, end in zip(("Max", "Min"), node.inputs[1:], strict=False):
-        if end is not None:
-            value = c.emit.put(op, [value, c.constant(end, x.places)])
-    c.put(node, value, x.bound, x.places)
-
-
 # --------------------------------------------------------------------------- norms and tables
 
 
 def norm(c: Converter, node: ir.Node) -> None:
     """The row is normalised; gain and offset follow in one rescaling."""
-    x = c.wide(node.inputs[0])
+    x, result = c.wide(node.inputs[0]), node.outputs[0]
+    gain, shift = constant_array(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
+    offset = constant_array(shift)
+    if gain is None or (shift is not None and offset is None):
+        raise Refused("the gain or offset of a norm is computed")
+    rank = len(result.shape) if result.shape is not None else None
+    if rank is None or match.int_attribute(node, "axis", -1) not in (-1, rank - 1):
+        raise Refused("a norm over more than the last axis")
+    channels = result.shape[-1] if result.shape is not None else None
+    if isinstance(channels, int) and channels > MOST_CHANNELS:
+        raise Refused(f"a norm over {channels} channels, more than {MOST_CHANNELS}")
     op = "IntegerLayerNorm" if node.op_type == "LayerNormalization" else "IntegerRMSNorm"
-    epsilon = round(float(node.attributes["epsilon"].as_float()) * 4.0**x.places)
+    epsilon = round(epsilon_of(node) * 4.0**x.places)
     normal = c.emit.put(op, [x.value], epsilon=min(epsilon, 2**29 - 1))
-    gain = constant_array(node.inputs[1])
-    offset = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    if gain is None:
-        raise Refused("the gain of a norm is computed")
-    result = node.outputs[0]
     places, bound = c.places(result), c.bound(result)
     value = c.emit.requantize(
         normal, NORM_BOUND, gain.astype(np.float64) * 2.0 ** (places - NORM_PLACES), -bound, bound
     )
     if offset is not None and offset.any():
-        value = c.emit.clip(c.emit.put("Add", [value, c.constant(node.inputs[2], places)]), -bound, bound)
+        value = c.emit.clip(c.emit.put("Add", [value, c.constant(shift, places)]), -bound, bound)
     c.put(node, value, bound)
 
 
@@ -242,9 +215,9 @@ def gather(c: Converter, node: ir.Node) -> None:
     places, bound = c.places(result), c.bound(result)
     if array is not None and axis == 0:
         codes = np.rint(array.astype(np.float64) * 2.0**places)
-        if np.abs(codes).max() > bound:
+        if not np.abs(codes).max(initial=0) <= bound:  # NaN neither
             raise Refused("a table reaches further than calibration saw")
-        constant = c.emit.constant(codes.astype(np.int32), f"{table.name}.integer")  # type: ignore[union-attr]
+        constant = c.emit.int32(codes.astype(np.int32), f"{result.name}.table")
         c.put(node, c.emit.put("Gather", [constant, rows], axis=0), bound)
         return
     if not isinstance(held, Table) or held.scale is None or axis:
@@ -266,6 +239,7 @@ def rotary(c: Converter, node: ir.Node) -> None:
         turns = [positions.factors(v, c.emit, c.settings.positions) for v in node.inputs[1:3] if v is not None]
     except positions.NoTable as error:
         raise Refused(f"its cosines are no function of one position: {error}") from error
+    x = c.emit.rescaled(x, x.places, 2**NARROW_BITS)
     made = c.emit.put("IntegerRotaryEmbedding", [x.value, *turns])
     c.put(node, made, 2 * x.bound, x.places)
 
@@ -287,7 +261,7 @@ def move(c: Converter, node: ir.Node) -> None:
 def concat(c: Converter, node: ir.Node) -> None:
     result = node.outputs[0]
     places, bound = c.places(result), c.bound(result)
-    parts = [c.emit.rescaled(c.wide(v), places, bound).value for v in node.inputs]
+    parts = [c.operand(v, places, bound) for v in node.inputs]
     c.put(node, c.emit.put("Concat", parts, axis=match.int_attribute(node, "axis", 0)), bound)
 
 
@@ -296,6 +270,8 @@ def shape(c: Converter, node: ir.Node) -> None:
     held = c.held.get(id(node.inputs[0]))
     if isinstance(held, Wide | Sums | Codes):
         node.replace_input_with(0, held.value)
+    elif isinstance(held, Rows):
+        node.replace_input_with(0, held.codes)
 
 
 RULES: dict[str, Rule] = {
@@ -307,11 +283,7 @@ RULES: dict[str, Rule] = {
     "Add": add,
     "Sub": add,
     "Mul": multiply,
-    "Gelu": activation,
-    "Silu": activation,
-    "Clip": clip,
-    "Relu": relu,
-    "Tanh": tanh,
+    **elementwise.RULES,
     "LayerNormalization": norm,
     "RMSNormalization": norm,
     "Gather": gather,

@@ -1,0 +1,40 @@
+"""The pass ``int_only``: its options, what it counts, records and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qcompile.errors import UserError
+from qcompile.passes.int_only import IntOnly
+from qcompile.proof.prepared import BOUNDS
+from tests.integer.graphs import context, drawn, parsed
+
+SAMPLES = [{"x": drawn(2, 3, 16)}]
+ISLAND = "g (float[B, S, 16] x) => (float[B, S, 16] y) { a = Neg (x) b = Erf (a) y = Add (b, c) }"
+ROW = {"c": np.linspace(-1, 1, 16)}
+
+
+@pytest.mark.parametrize(("text", "more"), [(ISLAND, ""), (ISLAND.replace("Add (b, c)", "Erf (b)"), " and 1 more")])
+def test_strict_makes_an_operator_without_an_integer_form_an_error(text: str, more: str) -> None:
+    with context(SAMPLES) as ctx, pytest.raises(UserError) as error:
+        IntOnly(strict=True).run(parsed(text, ROW), ctx)
+    assert str(error.value).startswith(f"Erf of 'Erf:b'{more} would stay float: it has no integer form")
+    assert error.value.hint == "leave out strict to keep it float"
+
+
+def test_it_counts_floats_and_records_for_which_sizes_it_is_proven() -> None:
+    with context(SAMPLES) as ctx:
+        model = parsed(ISLAND, ROW)
+        entry = ctx.ledger.open("int_only", "int_only", "approximation")
+        assert IntOnly(positions=128).run(model, ctx) > 0
+        assert entry.facts["float operators"] == len(entry.skips) == 1
+        assert json.loads(model.metadata_props[BOUNDS]) == {"B": 1024, "S": 128}
+
+
+@pytest.mark.parametrize("positions", (0, 2**15 + 1))
+def test_more_positions_than_31_bits_add_up_are_refused(positions: int) -> None:
+    with pytest.raises(UserError, match=r"must lie in 1\.\.32768"):
+        IntOnly(positions=positions)
