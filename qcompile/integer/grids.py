@@ -151,10 +151,10 @@ def _narrow(values: Iterable[ir.Value]) -> set[str]:
     return found
 
 
-def _times(reach: dict[str, float], one: ir.Value, other: ir.Value) -> float:
-    """How many times larger the larger of two values is."""
-    a, b = (max(reach[str(v.name)], TINY) for v in (one, other))
-    return max(a / b, b / a)
+def _times(reach: dict[str, float], total: ir.Value, part: ir.Value) -> float:
+    """How many times larger ``total`` is."""
+    found, known = (max(reach[str(v.name)], TINY) for v in (total, part))
+    return found / known
 
 
 class _Groups:

@@ -11,7 +11,7 @@ from qcompile.integer import attention, elementwise, positions
 from qcompile.integer.convert import Converter, Refused, Rule
 from qcompile.integer.elementwise import product_of, scale
 from qcompile.integer.emit import LIMIT, check_bound
-from qcompile.integer.grids import MOVES, NARROW_BITS, epsilon_of
+from qcompile.integer.grids import MOVES, NARROW_BITS, WIDE_BITS, epsilon_of
 from qcompile.integer.values import Codes, Rows, Sums, Table, Weight, Wide
 from qcompile.quant.integer import fit
 
@@ -121,11 +121,27 @@ def add(c: Converter, node: ir.Node) -> None:
         if constant_array(other) is not None and constant_array(value) is None:
             _add_constant(c, node, value, other)
             return
+    _total(c, node, [c.wide(left), c.wide(right)])
+
+
+def _total(c: Converter, node: ir.Node, operands: list[Wide | ir.Value | None]) -> None:
+    """The sum or difference of numbers and float constants, on the coarsest of their grids and the result's.
+
+    On the result's alone, large numbers that nearly cancel would saturate before they do.
+    """
     result = node.outputs[0]
-    places, bound = c.places(result), c.bound(result)
-    operands = [c.emit.rescaled(c.wide(v), places, bound) for v in (left, right)]
-    total = c.emit.put(node.op_type, [operand.value for operand in operands])
-    c.put(node, c.emit.clip(total, -bound, bound), bound)
+    bound, fine = c.bound(result), c.places(result)
+    places = min(fine, *(one.places for one in operands if isinstance(one, Wide)))
+    widest = 2**WIDE_BITS
+    given = [
+        c.emit.rescaled(one, places, widest).value if isinstance(one, Wide) else c.constant(one, places)
+        for one in operands
+    ]
+    total = c.emit.put(node.op_type, given)
+    if places == fine:
+        c.put(node, c.emit.clip(total, -bound, bound), bound)
+    else:
+        c.put(node, c.emit.rescaled(Wide(total, places, widest + LIMIT), fine, bound).value, bound)
 
 
 def _add_constant(c: Converter, node: ir.Node, value: ir.Value | None, constant: ir.Value | None) -> None:
@@ -142,11 +158,8 @@ def _add_constant(c: Converter, node: ir.Node, value: ir.Value | None, constant:
             total = c.emit.put("Add", [held.value, c.emit.int32(bias.astype(np.int32), "bias")])
             c.held[id(result)] = Sums(total, factor, held.bound + int(np.abs(bias).max()))
             return
-    x = c.emit.rescaled(c.wide(value), c.places(result), c.bound(result))
-    bound = c.bound(result)
-    operands = [x.value, c.constant(constant, x.places)]
-    total = c.emit.put(node.op_type, operands[::-1] if turned else operands)
-    c.put(node, c.emit.clip(total, -bound, bound), bound)
+    x = c.wide(value)
+    _total(c, node, [constant, x] if turned else [x, constant])
 
 
 def _is_row(array: np.ndarray, columns: int) -> bool:
