@@ -230,7 +230,7 @@ def gather(c: Converter, node: ir.Node) -> None:
         codes = np.rint(array.astype(np.float64) * 2.0**places)
         if not np.abs(codes).max(initial=0) <= bound:  # NaN neither
             raise Refused("a table reaches further than calibration saw")
-        constant = c.emit.int32(codes.astype(np.int32), f"{result.name}.table")
+        constant = c.emit.int32(codes.astype(np.int32), f"{table.name}.integer")  # type: ignore[union-attr]
         c.put(node, c.emit.put("Gather", [constant, rows], axis=0), bound)
         return
     if not isinstance(held, Table) or held.scale is None or axis:

@@ -6,8 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompile.calibration.positions import position_limits
 from qcompile.graph import functions
+from qcompile.models.architectures import POSITIONS
 from tests.integer.graphs import Outcome, converted, drawn
+from tests.integer.programs import compiled
 
 X = drawn(2, 3, 16)
 WEIGHTS = np.random.default_rng(7).integers(-127, 128, (16, 8)).astype(np.int8)
@@ -212,3 +215,8 @@ def test_every_rule_is_for_an_operator_that_exists() -> None:
         model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
         if not onnx.defs.has(name, 21):
             functions.use(model, name)
+
+
+def test_a_table_keeps_its_name_so_that_the_length_of_positions_is_known() -> None:
+    made = compiled("bert", "w8a8_static")
+    assert position_limits(ir.load(made.folder / "model.onnx")) == (POSITIONS, POSITIONS)
