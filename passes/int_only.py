@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
+from qcompile.calibration.positions import position_limits
 from qcompile.errors import UserError
 from qcompile.graph.provenance import layer_name
 from qcompile.integer.convert import Settings, convert
@@ -63,8 +64,9 @@ class IntOnly(Pass):
     def _bounds(self, model: ir.Model) -> dict[str, int]:
         """The largest sizes that the program is proven for, by the name of the axis."""
         found: dict[str, int] = {}
+        longest = min(self.positions, position_limits(model)[0])
         for value in model.graph.inputs:
             for axis, size in enumerate(value.shape or ()):
                 if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                    found.setdefault(str(size.value), MOST_ROWS if axis == 0 else self.positions)
+                    found.setdefault(str(size.value), MOST_ROWS if axis == 0 else longest)
         return found

@@ -7,7 +7,7 @@ relation between tensors but a few that integer code lives on (``x - x % c``, ``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -109,7 +109,7 @@ def check_bounds(model: ir.Model, bounds: Mapping[str, int]) -> None:
 
 def find_intervals(model: ir.Model, bounds: Mapping[str, int]) -> Intervals:
     """Analyse ``model``: functions inlined, sorted, types and shapes inferred; ``bounds``: largest sizes of dims."""
-    walk = _Walk(bounds)
+    walk = _Walk(bounds, _rows(model.graph))
     for value in _fed(model.graph):
         walk.found.spans[value] = spans.full(value.dtype, walk.input_dims(value), source=str(value.name))
     walk.graph(model.graph)
@@ -120,14 +120,20 @@ def _fed(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.inputs if not value.is_initializer()]
 
 
+def _rows(graph: ir.Graph) -> set[str]:
+    """The names of the first axes of the inputs: nobody runs a program on no row."""
+    shapes = [(value, value.shape[0]) for value in _fed(graph) if value.shape]
+    return {_dim_name(value, 0, size) for value, size in shapes if not isinstance(size, int)}
+
+
 def _dim_name(value: ir.Value, axis: int, size: object) -> str:
     named = size.value if isinstance(size, ir.SymbolicDim) else None
     return str(named) if named else f"{value.name}.{axis}"
 
 
 class _Walk:
-    def __init__(self, bounds: Mapping[str, int]) -> None:
-        self.bounds = bounds
+    def __init__(self, bounds: Mapping[str, int], rows: Collection[str]) -> None:
+        self.bounds, self._rows = bounds, rows
         self.found = Intervals()
 
     def input_dims(self, value: ir.Value) -> Dims | None:
@@ -138,7 +144,10 @@ class _Walk:
 
     def named(self, name: str) -> Dim:
         bound = self.bounds.get(name)
-        return Dim(0, bound, frozenset() if bound is not None else frozenset([name]), name)
+        if name in self._rows:
+            self.found.assumptions[f"inputs have at least one row: '{name}' is not 0"] = None
+        least = 1 if name in self._rows else 0
+        return Dim(least, bound, frozenset() if bound is not None else frozenset([name]), name)
 
     def inferred(self, value: ir.Value) -> Dims | None:
         """What type inference says; a name that it made up says nothing."""

@@ -275,7 +275,16 @@ def test_an_extreme_that_is_not_kept_along_its_axis_is_not_the_row_s_own() -> No
 def test_an_index_that_the_caller_feeds_is_assumed_and_listed() -> None:
     text = "g (int64[B, T] ids) => (int32[B, T, 2] y) <int32[3, 2] t = {1, 2, 3, 4, 5, 6}> { y = Gather (t, ids) }"
     found, _ = intervals(text)
-    assert found.findings == [] and list(found.assumptions) == ["input 'ids' indexes 't' inside 0..2"]
+    assert found.findings == []
+    row, index = found.assumptions
+    assert (row, index) == ("inputs have at least one row: 'B' is not 0", "input 'ids' indexes 't' inside 0..2")
+
+
+def test_a_batch_has_a_row_and_a_text_may_be_empty() -> None:
+    text = "g (int64[B, T] ids) => (int64[1] y) { n = Shape <start = %d, end = %d> (ids) y = Div (n, n) }"
+    assert intervals(text % (0, 1), {"B": 8, "T": 8})[0].findings == []
+    (finding,) = intervals(text % (1, 2), {"B": 8, "T": 8})[0].findings
+    assert finding.kind == "divisor"
 
 
 def test_the_peak_is_the_computed_value_nearest_to_overflow() -> None:
