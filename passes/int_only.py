@@ -4,8 +4,8 @@ rewrite:  every float operator  ->  standard integer operators on fixed-point in
 needs:    a quantised model; calibration samples for the grids
 ensures:  what has an integer form is computed in integers, with saturation instead of overflow; what has none is
           told, and an error with strict
-source:   I-LLM, arXiv 2405.17849: DI-Exp with guard bits and a quadratic, deferred normalisation; I-BERT, arXiv
-          2101.01321, for the idea of a cubic inside GELU
+source:   I-LLM, arXiv 2405.17849, for the operators; exponentials and activations by tables instead of DI-Exp, and
+          a softmax that is normalised behind its product with the values
 """
 
 from __future__ import annotations
