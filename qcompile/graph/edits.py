@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,6 +56,22 @@ def replace_constant(value: ir.Value, array: np.ndarray, workspace: Workspace) -
 def new_initializer(model: ir.Model, name_hint: str, array: np.ndarray, workspace: Workspace) -> ir.Value:
     """A registered initializer named ``name_hint``, or ``name_hint_1``, ``_2`` ... when that is taken."""
     return _register(model, name_hint, workspace.tensor(array, name_hint))
+
+
+class Constants:
+    """New initializers of a model, each content once."""
+
+    def __init__(self, model: ir.Model, workspace: Workspace) -> None:
+        self._model, self._workspace = model, workspace
+        self._held: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def get(self, array: np.ndarray, hint: str) -> ir.Value:
+        """The initializer with the content of ``array``; a new one is named by ``hint``."""
+        digest = hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data).digest()
+        key = (str(array.dtype), array.shape, digest)
+        if key not in self._held:
+            self._held[key] = new_initializer(self._model, hint, array, self._workspace)
+        return self._held[key]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.edits import naming, new_initializer
+from qcompile.graph.edits import Constants, naming
 from qcompile.graph.provenance import inherit
 from qcompile.graph.workspace import Workspace
 
@@ -19,14 +19,13 @@ from qcompile.graph.workspace import Workspace
 def inline(model: ir.Model, workspace: Workspace, keep: Collection[str] = ()) -> int:
     """Replace the calls in the main graph by the bodies, but those of functions named in ``keep``; returns how many."""
     with naming(model):
-        return _Inliner(model, workspace, keep).run()
+        return _Inliner(model, Constants(model, workspace), keep).run()
 
 
 class _Inliner:
-    def __init__(self, model: ir.Model, workspace: Workspace, keep: Collection[str]) -> None:
-        self._model, self._workspace = model, workspace
+    def __init__(self, model: ir.Model, constants: Constants, keep: Collection[str]) -> None:
+        self._model, self._constants = model, constants
         self._functions = {key: f for key, f in model.functions.items() if f.name not in keep}
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def run(self) -> int:
         count = 0
@@ -54,7 +53,9 @@ class _Inliner:
         for number, node in enumerate(function):
             own = dict(_resolved(node, given))
             if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                known[node.outputs[0]] = self._constant(own, f"{function.name}.{node.outputs[0].name}")
+                known[node.outputs[0]] = self._constants.get(
+                    _array(next(iter(own.values()))), f"{function.name}.{node.outputs[0].name}"
+                )
                 continue
             values = [None if value is None else known[value] for value in node.inputs]
             name = f"{prefix}.{node.outputs[0].name or number}"
@@ -74,14 +75,6 @@ class _Inliner:
             known.update(zip(node.outputs, results, strict=True))
         ends = [known[output] for output in function.outputs]
         return made, [value for value in ends if value is not None]
-
-    def _constant(self, attributes: dict[str, ir.Attr], hint: str) -> ir.Value:
-        """An initializer for a Constant; equal ones are one."""
-        array = _array(next(iter(attributes.values())))
-        key = (str(array.dtype), array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = new_initializer(self._model, hint, array, self._workspace)
-        return self._constants[key]
 
 
 def _resolved(node: ir.Node, given: dict[str, ir.Attr]) -> Iterator[tuple[str, ir.Attr]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import ArrayLike
 
 from qcompile.errors import ContractError
-from qcompile.graph.edits import new_initializer
+from qcompile.graph.edits import Constants
 from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.integer import BODIES
 from qcompile.graph.provenance import inherit
@@ -27,15 +26,12 @@ class Emitter:
     def __init__(self, model: ir.Model, workspace: Workspace) -> None:
         self.model, self.workspace = model, workspace
         self.node: ir.Node | None = None
-        self._held: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
+        self._constants = Constants(model, workspace)
         self._number = 0
 
     def constant(self, array: np.ndarray, hint: str = "c") -> ir.Value:
         """An initializer; equal ones are shared."""
-        key = (str(array.dtype), hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data).digest(), array.shape)
-        if key not in self._held:
-            self._held[key] = new_initializer(self.model, hint, array, self.workspace)
-        return self._held[key]
+        return self._constants.get(array, hint)
 
     def int32(self, value: int | np.ndarray, hint: str = "c") -> ir.Value:
         return self.constant(np.asarray(value, np.int32), hint)
