@@ -28,6 +28,7 @@ MEASURE = $(BIN)/python -m benchmarks.$(1) --programs build/benchmarks --out $(R
 LEARNED_MINILM := w4a4:none,w4a4:os_plus,w4a4:rtn,w4a4:awq,w4a4:omniquant,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+let+rotate{online=1}+token_clip+gptq,w4a4:os_plus+let{epochs=20}+rotate{online=1}+token_clip+gptq,w4a4:awq+let+rotate{online=1}+token_clip+gptq,w4a4_static:omniquant
 LEARNED_SMOLLM2 := w6a6:none,w6a6:rotate+gptq,w4a8:none,w4a8:rotate+gptq,w4a4:none,w4a4:rotate+token_clip+gptq,w4a4:rotate{online=1}+token_clip+gptq,w4a16:none,w4a16:awq,w4a16:gptq,w3a16_g128:none,w3a16_g128:gptq,w2a16_g64:none,w2a16_g64:gptq
 INTEGER_MINILM := w8a8_static:os_plus+int_only,w8a8:os_plus+int_only,w6a6_static:os_plus+int_only
+KERNELS_MINILM := w8a8_static:os_plus,w8a8_static:os_plus+int_only,w8a8_static:os_plus+int_only=cpu{kernels=1}
 INTEGER_SMOLLM2 := w8a8:os_plus+int_only,w6a6:os_plus+int_only
 DECODED := w4a16_g32,w4a16_g32=cpu{accuracy_level=4},w4a16_g64=cpu{accuracy_level=4},w4a16kv8_g32=cpu{accuracy_level=4},w4a16kv4_g32=cpu{accuracy_level=4}
 benchmarks: $(VENV)/.dev
@@ -46,6 +47,8 @@ benchmarks: $(VENV)/.dev
 	$(call MEASURE,decode,smollm2) --rows '$(DECODED)'
 	$(call MEASURE,cost,minilm)
 	$(call MEASURE,speed,minilm)
+	$(BIN)/python -m benchmarks.speed --programs build/benchmarks --out $(RESULTS)/minilm_speed_integer --model minilm \
+		--stsb $(DATA)/stsb --shapes 1x128 --rows '$(KERNELS_MINILM)'
 	$(call MEASURE,speed,smollm2)
 	$(BIN)/python -m tests.house.readme_sections
 
