@@ -19,12 +19,13 @@ from qcompile.block.quantisers import WeightClip
 from qcompile.block.stream import Step
 from qcompile.graph.edits import own_initializer
 from qcompile.graph.functions import is_op
-from qcompile.graph.gates import Gate
+from qcompile.graph.gates import FACTOR, Gate
 from qcompile.graph.linears import Linear, find_linears
 from qcompile.graph.sites import ATTENTIONS
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 
 Schemes = Mapping[str, WeightScheme]  # of the block's weights, by the linear's name
+COARSE_BITS = 6  # a product in bfloat16 adds 0.003 of the error that rounding to so many bits makes; at 8 bits 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,10 @@ class _Joint:
 
     def learn(self) -> Learned:
         starts = STARTS if self._rates.clip else STARTS[:1]
-        plan = self._task.plan
+        plan = dataclasses.replace(self._task.plan, coarse=self._is_coarse())
         errors = [self._learn(start, dataclasses.replace(plan, epochs=0)).start for start in starts]
-        outcome = self._learn(starts[int(np.argmin(errors))], plan)
+        best = int(np.argmin(errors))
+        outcome = self._learn(starts[best], plan, errors[best])
         clips = {weight.linear.name: self._clips[weight.name] for weight, _ in self._quantised()}
         scales = [change.scale().detach().cpu().double().numpy() for change in self._smooths]
         smooths = [Smooth(gate, scale) for gate, scale in zip(self._task.gates, scales, strict=True)]
@@ -128,7 +130,13 @@ class _Joint:
     def _quantised(self) -> Iterator[tuple[_Weight, WeightScheme]]:
         return ((weight, weight.scheme) for weight in self._weights if weight.scheme is not None)
 
-    def _learn(self, start: Start, plan: Plan) -> Outcome:
+    def _is_coarse(self) -> bool:
+        """Whether rounding to bfloat16, of 8 bits, hides nothing: where no quantiser has so many."""
+        bits = [scheme.bits for _, scheme in self._quantised()]
+        known = (*self._block.activations.values(), *self._block.attention.values(), *[FACTOR for _ in self._smooths])
+        return max((*bits, *(scheme.bits for scheme in known)), default=COARSE_BITS + 1) <= COARSE_BITS
+
+    def _learn(self, start: Start, plan: Plan, error: float | None = None) -> Outcome:
         for weight, scheme in self._quantised():
             grid = start(weight.linear, scheme, self._meters[weight.x].energy)
             self._clips[weight.name] = started(weight.linear, scheme, grid).to(self._device)
@@ -139,7 +147,8 @@ class _Joint:
             for parameter in parameters:
                 parameter.requires_grad_(rate > 0)
         groups = [Group(parameters, rate) for parameters, rate in rated if rate and parameters]
-        return learn(self._changed, self._run, groups, self._examples, plan, self._task.label, self._device)
+        run, examples, label = self._run, self._examples, self._task.label
+        return learn(self._changed, run, groups, examples, plan, label, self._device, error)
 
     # ----------------------------------------------------------------- one step
 

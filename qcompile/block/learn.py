@@ -55,13 +55,15 @@ class Group:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """clip_norm: the largest norm of a step's gradient; seed: of the order of the samples in each epoch; step_tokens:
-    a step takes samples until they have so many tokens."""
+    a step takes samples until they have so many tokens; coarse: products of matrices in bfloat16, added in float32,
+    where the processor has instructions for it."""
 
     epochs: int = 5
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = 1.0
     seed: int = 0
     step_tokens: int = 1
+    coarse: bool = False
 
 
 @dataclasses.dataclass
@@ -87,16 +89,18 @@ def learn(
     plan: Plan,
     label: str,
     device: torch.device | None = None,
+    start: float | None = None,
 ) -> Outcome:
     """Learn ``groups`` in place, and leave them at their best state.
 
     change: the tensors that follow from the parameters (folded or quantised weights), once a step
     run: (those tensors, a sample's inputs) -> the block's output (B, S, C)
     examples: read one at a time, so they may come from disk
+    start: the error of the parameters as they come, where it is known from an ``Outcome`` before
     """
-    loop = _Loop(change, run, groups, examples, plan, label, device or best_device())
-    with _deterministic(loop.device):
-        return loop.learn()
+    device = device or best_device()
+    with _deterministic(device), _products(coarse=plan.coarse):
+        return _Loop(change, run, groups, examples, plan, label, device, start).learn()
 
 
 class _Loop:
@@ -111,6 +115,7 @@ class _Loop:
         plan: Plan,
         label: str,
         device: torch.device,
+        start: float | None,
     ) -> None:
         self._change, self._run, self._examples = change, run, examples
         self._groups, self._plan, self._label, self.device = groups, plan, label, device
@@ -118,7 +123,7 @@ class _Loop:
         self._rate = 1.0  # halved each time the loop goes back
         self._unit = self._mean_square()
         self._keep()
-        error = self._error()
+        error = self._error() if start is None else start
         self._outcome = Outcome(error, error)
 
     def learn(self) -> Outcome:
@@ -258,3 +263,16 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def _products(*, coarse: bool) -> Iterator[None]:
+    """Let the CPU multiply float32 matrices in bfloat16; one without instructions for it goes on in float32."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if coarse:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -187,7 +187,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> Tensor:
     """q (B, H, S, d), k and v (B, H, T, d or e), bias (B, H, S, T) or what broadcasts to it."""
-    return ((q * scale) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, groups: int) -> Tensor:

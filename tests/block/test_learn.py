@@ -200,3 +200,32 @@ def test_clips_of_a_whole_model_are_learned(library: Library) -> None:
     outcome = learn(change, run, [group], examples, Plan(epochs=25), "opt")
     assert outcome.best < 0.5 * outcome.start
     assert re.fullmatch("", "".join(outcome.notes))
+
+
+def precision() -> str:
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_coarse_products_are_the_loops_alone(coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, before, seen = problem(), precision(), []
+    inner = found.run
+
+    def run(changed: Tensors, inputs: Tensors) -> torch.Tensor:
+        seen.append(precision())
+        if len(seen) > 20:
+            raise RuntimeError("a fault")
+        return inner(changed, inputs)
+
+    monkeypatch.setattr(found, "run", run)
+    with pytest.raises(RuntimeError, match="a fault"):
+        found.learn(epochs=9, coarse=coarse)
+    assert set(seen) == {"bf16" if coarse else before}
+    assert precision() == before
+
+
+def test_a_known_start_is_not_measured_again() -> None:
+    found = problem()
+    given = Group([found.factor], 0.05)
+    outcome = learn(found.change, found.run, [given], found.examples, Plan(epochs=0), "a block", start=0.25)
+    assert outcome.start == outcome.best == 0.25
