@@ -35,6 +35,7 @@ class IntOnly(Pass):
 
     positions: the longest text, in tokens, that rotary embeddings have tables for and sums are proven for
     probability_bits: of attention weights, 8 or 16
+    query_bits: of attention's queries, 8 to 14: above 8 they take a second product
     strict: an operator without an integer form is an error
     """
 
@@ -45,13 +46,15 @@ class IntOnly(Pass):
 
     positions: int = 4096
     probability_bits: Literal[8, 16] = 16
+    query_bits: int = 8
     strict: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 1, MOST_POSITIONS, "positions")
+        check_range(self, 8, 14, "query_bits")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
-        converter = convert(model, ctx, Settings(self.positions, self.probability_bits), RULES)
+        converter = convert(model, ctx, Settings(self.positions, self.probability_bits, self.query_bits), RULES)
         if self.strict and converter.floats:
             node, why = converter.floats[0]
             more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""
