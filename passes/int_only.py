@@ -20,13 +20,14 @@ from qcompile.calibration.positions import position_limits
 from qcompile.errors import UserError
 from qcompile.graph.provenance import layer_name
 from qcompile.integer.convert import Settings, convert
+from qcompile.integer.grids import caches
 from qcompile.integer.rules import RULES
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Form, Pass, check_range
 from qcompile.proof.prepared import BOUNDS
 
 MOST_ROWS = 1024  # of a batch
-MOST_POSITIONS = 2**15  # 16-bit weights of so many tokens add up to 31 bits
+MOST_POSITIONS = 2**15  # 16-bit weights of so many tokens add up to 31 bits; half with a cache, which has as many again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +55,29 @@ class IntOnly(Pass):
         check_range(self, 8, 14, "query_bits")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
+        cached = bool(caches(model.graph))
+        if cached and self.positions > MOST_POSITIONS // 2:
+            what = f"positions={self.positions} is too long for a model with a cache"
+            raise UserError(what, hint=f"at most {MOST_POSITIONS // 2} there")
         converter = convert(model, ctx, Settings(self.positions, self.probability_bits, self.query_bits), RULES)
         if self.strict and converter.floats:
             node, why = converter.floats[0]
             more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""
             what = f"{node.op_type} of '{layer_name(node)}'{more} would stay float: {why}"
             raise UserError(what, hint="leave out strict to keep it float")
-        model.metadata_props[BOUNDS] = json.dumps(self._bounds(model))
+        model.metadata_props[BOUNDS] = json.dumps(self._bounds(model, cached))
         ctx.ledger.current.facts["float operators"] = len(converter.floats)
         return len(converter.held)
 
-    def _bounds(self, model: ir.Model) -> dict[str, int]:
+    def _bounds(self, model: ir.Model, cached: bool) -> dict[str, int]:
         """The largest sizes that the program is proven for, by the name of the axis."""
         found: dict[str, int] = {}
         longest = min(self.positions, position_limits(model)[0])
-        for value in model.graph.inputs:
-            for axis, size in enumerate(value.shape or ()):
-                if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                    found.setdefault(str(size.value), MOST_ROWS if axis == 0 else longest)
+        both = longest * (2 if cached else 1)  # of a mask, over the past and the new tokens
+        texts = [v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_integer()][:1]
+        parts = [*texts, *(v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point())]
+        for value, size in (*((v, longest) for v in parts), *((v, both) for v in model.graph.inputs)):
+            for axis, dim in enumerate(value.shape or ()):
+                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                    found.setdefault(str(dim.value), MOST_ROWS if axis == 0 else size)
         return found

@@ -184,7 +184,7 @@ class _Attention:
         """The sums over their weights' total, and its places."""
         if len(sums) == 1:
             return self.emit.put("NormalizeAttention", [*sums, total]), ATTENTION_FRACTION
-        free = LIMIT // (255 * TOP * self.c.settings.positions)
+        free = LIMIT // (255 * TOP * self.c.keys)
         lift = max(0, free.bit_length() - 1)
         mixed = self.emit.put("NormalizeAttention16", [*sums, total], lift=2**lift)
         return mixed, ATTENTION16_FRACTION + lift

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.provenance import layer_name, original_name
 from qcompile.integer.emit import LIMIT, Emitter
-from qcompile.integer.grids import Grids, find_grids
+from qcompile.integer.grids import Grids, caches, find_grids
 from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
@@ -50,6 +50,7 @@ class Converter:
         self.model, self.ctx, self.grids, self.settings = model, ctx, grids, settings
         self.emit = Emitter(model, ctx.workspace)
         self.held: dict[int, Held] = {}
+        self.keys = settings.positions * (2 if caches(model.graph) else 1)  # that a query may attend to
         self.floats: list[tuple[ir.Node, str]] = []  # that stayed float, and why
         self._real: dict[int, ir.Value] = {}
 
@@ -148,7 +149,8 @@ class Converter:
         scaled = self.emit.put("Mul", [value, step], real)
         inside = self.emit.put("Clip", [scaled, *ends], real)
         self._real[id(value)] = value  # who reads floats goes on reading it
-        return Wide(self.emit.cast(self.emit.put("Round", [inside], real), ir.DataType.INT32), places, bound)
+        codes = self.emit.cast(self.emit.put("Round", [inside], real), ir.DataType.INT32)
+        return Wide(self.emit.clip(codes, -bound, bound), places, bound)  # NaN is any integer
 
     def release(self, value: ir.Value, reader: ir.Node | None) -> None:
         """Let the rounding of tokens stay float, for a reader that takes no codes."""

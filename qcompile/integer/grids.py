@@ -3,7 +3,7 @@
 Values that are only moved share one grid, and so do a sum and what is added where it is about as large, so that no
 operator is spent between them; where a residual stream grows, by tokens a thousand times larger than the rest, its grid
 grows with it. A grid holds what calibration saw with ``HEADROOM`` to spare; beyond that a value saturates, which is
-what makes overflow impossible.
+what makes overflow impossible. A cache leaves the program and comes back as float32, which holds its numbers exactly.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ KEPT = ("Clip", "ClipTokens", "Neg", "Gelu", "Silu", "Relu", "RotaryEmbedding") 
 SAME = (*MOVES, *KEPT, "Add", "Sub", "Concat", "Where")
 ATTENTIONS = ("Attention", "GroupedAttention")
 WIDE_BITS, NARROW_BITS = 28, 15  # of the bound; narrow where a product with 14 places follows
+CACHE_BITS = 24  # what float32 holds exactly
 HEADROOM, NARROW_HEADROOM = 4.0, 2.0
 ALIKE = 4.0  # a sum so many times larger than what is added has a grid of its own
 MOST_PLACES, GATE_PLACES = 30, 24
@@ -36,15 +37,16 @@ TINY = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Grids:
-    """places: by value name; extremes: (lo, hi) by value name, (H, d) for what an attention reads."""
+    """places and bits of the bound: by value name; extremes: (lo, hi) by value name, (H, d) for what an attention
+    reads; without values that are empty on every sample."""
 
     places: dict[str, int]
+    bits: dict[str, int]
     extremes: dict[str, tuple[np.ndarray, np.ndarray]]
-    narrow: frozenset[str]
 
     def bound(self, name: str) -> int:
         """What |value| of an int32 on the grid of ``name`` is kept below."""
-        return int(2 ** (NARROW_BITS if name in self.narrow else WIDE_BITS))
+        return int(2 ** self.bits.get(name, WIDE_BITS))
 
 
 def data_operands(node: ir.Node) -> list[ir.Value]:
@@ -77,18 +79,18 @@ def find_grids(ctx: Context, model: ir.Model) -> Grids:
     groups = _Groups(
         values, {name: float(max(np.abs(lo).max(), np.abs(hi).max())) for name, (lo, hi) in extremes.items()}
     )
-    narrow = _narrow(values)
+    narrow, kept = _narrow(values), caches(model.graph)
     places: dict[str, int] = {}
-    held_narrow: set[str] = set()
+    bits: dict[str, int] = {}
     for group in groups.all():
-        names = [str(v.name) for v in group]
-        reach = max(TINY, *(float(np.abs(extremes[n]).max()) for n in names))
-        tight = any(name in narrow for name in names)
-        bits, headroom = (NARROW_BITS, NARROW_HEADROOM) if tight else (WIDE_BITS, HEADROOM)
+        names = {str(v.name) for v in group}
+        reach = max(TINY, *(float(np.abs(extremes[n]).max()) for n in names if n in extremes), TINY)
         most = min(_most_places(v) for v in group)
-        places |= dict.fromkeys(names, min(bits - math.ceil(math.log2(reach * headroom)), most))
-        held_narrow |= set(names) if tight else set()
-    return Grids(places, extremes, frozenset(held_narrow))
+        width = NARROW_BITS if names & narrow else CACHE_BITS if names & kept else WIDE_BITS
+        headroom = NARROW_HEADROOM if names & narrow else HEADROOM
+        places |= dict.fromkeys(names, min(width - math.ceil(math.log2(reach * headroom)), most))
+        bits |= dict.fromkeys(names, width)
+    return Grids(places, bits, extremes)
 
 
 def _extremes(ctx: Context, model: ir.Model, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -112,6 +114,8 @@ def _extremes(ctx: Context, model: ir.Model, names: list[str]) -> dict[str, tupl
     for _, arrays in ctx.runner.stream(measured, ctx.samples, wanted, "calibrating"):
         for name in names:
             lo, hi = arrays[f"{name}.ReduceMin"], arrays[f"{name}.ReduceMax"]
+            if (lo > hi).all():  # of no tokens
+                continue
             if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
                 raise not_finite(model, name, np.stack([lo, hi]))
             known = found.get(name, (lo, hi))
@@ -151,8 +155,17 @@ def _narrow(values: Iterable[ir.Value]) -> set[str]:
     return found
 
 
+def caches(graph: ir.Graph) -> set[str]:
+    """The outputs that continue an input."""
+    outside = set(graph.inputs)
+    joined = [v for v in graph.outputs if is_op(v.producer(), "Concat")]
+    return {str(v.name) for v in joined if outside & set(v.producer().inputs)}  # type: ignore[union-attr]
+
+
 def _times(reach: dict[str, float], total: ir.Value, part: ir.Value) -> float:
-    """How many times larger ``total`` is."""
+    """How many times larger ``total`` is; once where either was empty."""
+    if str(total.name) not in reach or str(part.name) not in reach:
+        return 1.0
     found, known = (max(reach[str(v.name)], TINY) for v in (total, part))
     return found / known
 

@@ -280,7 +280,10 @@ def concat(c: Converter, node: ir.Node) -> None:
 
 def shape(c: Converter, node: ir.Node) -> None:
     """The shape of integers is that of the numbers."""
-    held = c.held.get(id(node.inputs[0]))
+    value = node.inputs[0]
+    if value in c.model.graph.inputs and str(value.name) in c.grids.places:  # type: ignore[union-attr]
+        c.wide(value)
+    held = c.held.get(id(value))
     if isinstance(held, Wide | Sums | Codes):
         node.replace_input_with(0, held.value)
     elif isinstance(held, Rows):

@@ -24,7 +24,7 @@ _OPAQUE = ("QuantizeLinear", "DequantizeLinear", "MatMulIntegerToFloat", "MatMul
 _LEAVES = ("Cast", "DequantizeLinear")  # integer -> float
 _FUSED_LEAVES = (*_LEAVES, "MatMulIntegerToFloat")  # what ONNX Runtime makes of MatMulInteger, Cast, Mul
 _ENTERS = ("Cast", "QuantizeLinear", "Shape", "Size")  # float -> integer
-_SCALING_IN = ("Cast", "Mul")
+_SCALING_IN = ("Cast", "Mul", "Clip", "Round")
 _SCALING_OUT = ("Cast", "Mul", "Add", "Sub")
 _FLOAT_ATTRIBUTES = (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS)
 _TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
@@ -249,7 +249,8 @@ class _Boundary:
             return place > 0
         if node.op_type == "MatMulIntegerToFloat":
             return place > 1
-        return node.op_type in _SCALING_OUT and _data_operand(node, _SCALING_OUT) != place
+        scaling = (*_SCALING_IN, *_SCALING_OUT)
+        return node.op_type in scaling and _data_operand(node, scaling) != place
 
 
 def _is_standard(node: ir.Node) -> bool:
@@ -270,7 +271,7 @@ def _data_operand(node: ir.Node, scaling: tuple[str, ...]) -> int | None:
     """Which input of a scaling or moving node is data: the one that is no constant; None for other nodes."""
     if not _is_standard(node) or node.op_type not in (*scaling, *MOVES) or not node.inputs:
         return None
-    if node.op_type in ("Cast", *MOVES):
+    if node.op_type in ("Cast", "Round", *MOVES):
         return 0 if node.op_type not in ("Concat", "Pad", "Trilu") else None
     constant = [value is not None and _is_constant(value) for value in node.inputs]
     return None if all(constant) or not any(constant) else constant.index(False)

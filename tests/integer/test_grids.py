@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.integer.grids import HEADROOM, WIDE_BITS, Grids, find_grids
+from qcompile.integer.grids import CACHE_BITS, HEADROOM, NARROW_BITS, WIDE_BITS, Grids, find_grids
 from tests.integer.graphs import context, drawn, parsed
 
 X, Z = drawn(2, 3, 16, reach=4.0), drawn(2, 3, 16, reach=100.0)
@@ -23,9 +23,9 @@ def test_values_that_are_added_joined_or_moved_share_a_grid_where_they_are_alike
     found = grids(
         PORTS
         + """ { s = Add (x, z) t = Transpose <perm = [0, 2, 1]> (s) u = Transpose <perm = [0, 2, 1]> (t)
-        n = Neg (u) c = Clip (n) y = Concat <axis = 1> (c, z) }"""
+        n = Neg (u) c = Clip (n) j = Concat <axis = 1> (c, z) y = Neg (j) }"""
     )
-    assert {found.places[name] for name in "stuncyz"} == {found.places["z"]}
+    assert {found.places[name] for name in "stuncjyz"} == {found.places["z"]}
     assert found.places["x"] > found.places["z"] + 3  # 25 times smaller
     assert all(found.bound(name) == 2**WIDE_BITS for name in found.places)
 
@@ -65,9 +65,21 @@ def test_what_a_rotary_embedding_reads_or_makes_is_narrow() -> None:
     model = parsed(text)
     with context([{"x": X[:, None], "z": Z[:, None] / 100}]) as ctx:
         found = find_grids(ctx, model)
-    assert {"n", "r"} <= found.narrow and "y" not in found.narrow
+    assert found.bits["n"] == found.bits["r"] == NARROW_BITS < found.bits["y"]
     assert found.bound("n") == 2**15
     assert 4.0 * 2 * 2.0 ** found.places["n"] <= 2**15 * 2**0.5
+
+
+def test_a_cache_fits_float32_and_may_be_empty() -> None:
+    text = """g (float[B, P, 16] z, float[B, S, 16] x) => (float[B, T, 16] c, float[B, T, 16] y) {
+        c = Concat <axis = 1> (z, x) y = Mul (c, c) }"""
+    model = parsed(text)
+    with context([{"x": X, "z": Z[:, :0]}]) as ctx:
+        found = find_grids(ctx, model)
+    assert found.places["z"] == found.places["c"] == found.places["x"]
+    assert found.bits["c"] == CACHE_BITS < found.bits["y"]
+    assert 4.0 * HEADROOM <= 2.0 ** (CACHE_BITS - found.places["c"]) <= 2 * 4.0 * HEADROOM
+    assert "z" not in found.extremes
 
 
 def test_masks_weights_and_positions_have_no_grid() -> None:

@@ -38,3 +38,17 @@ def test_it_counts_floats_and_records_for_which_sizes_it_is_proven() -> None:
 def test_more_positions_than_31_bits_add_up_are_refused(positions: int) -> None:
     with pytest.raises(UserError, match=r"must lie in 1\.\.32768"):
         IntOnly(positions=positions)
+
+
+def test_a_cache_doubles_the_tokens_of_a_mask() -> None:
+    text = """g (int64[B, S] ids, int64[B, T] mask, float[B, P, 16] past, float[B, S, 16] x)
+        => (float[B, T, 16] present, float[B, S, 16] y) { present = Concat <axis = 1> (past, x) y = Neg (x) }"""
+    samples = [{"ids": np.ones((2, 3), np.int64), "mask": np.ones((2, 3), np.int64), "past": drawn(2, 3, 16)[:, :0],
+                "x": drawn(2, 3, 16)}]  # fmt: skip
+    with context(samples) as ctx:
+        model = parsed(text)
+        ctx.ledger.open("int_only", "int_only", "approximation")
+        with pytest.raises(UserError, match="positions=32768 is too long for a model with a cache"):
+            IntOnly(positions=2**15).run(model, ctx)
+        IntOnly(positions=128).run(model, ctx)
+        assert json.loads(model.metadata_props[BOUNDS]) == {"B": 1024, "S": 128, "T": 256, "P": 128}

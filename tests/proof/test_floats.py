@@ -89,6 +89,7 @@ ENTRIES = {
     "moved": f"{SCALE} a = Transpose (x) b = Transpose (a) q = QuantizeLinear (b, s, z)",
     "narrowed": f"{SCALE} a = Cast <to = 10> (x) b = Cast <to = 1> (a) q = QuantizeLinear (b, s, z)",
     "cast": "q = Cast <to = 2> (x)",
+    "rounded": f"{SCALE} e = Constant <value_float = 9.0> () a = Clip (x, s, e) b = Round (a) q = Cast <to = 2> (b)",
 }
 OFFSET = "t = Constant <value_float = 1.5> ()"
 EXITS = {
