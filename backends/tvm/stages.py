@@ -14,6 +14,11 @@ from qcompile.backends.tvm.values import Index, Tensor, walk
 COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": te.min}
 
 
+def opaque(value: Any, dtype: str) -> Any:
+    """``value``, its bounds hidden: TVM analyses a Let again in each context and stumbles over bounds that differ."""
+    return tirx.call_intrin(dtype, "tirx.reinterpret", value) if dtype in ("int32", "int64") else value
+
+
 class Writer:
     """Writes one element of ``roots`` down: what several others read is computed once, in a Let."""
 
@@ -38,7 +43,7 @@ class Writer:
             found = tensor.make(lambda n, i: self.at(tensor.operands[n], i), index)
             if self._uses[id(tensor)] > 1 and tensor.cost:
                 variable = tirx.Var(f"v{len(self._lets)}", tensor.dtype)
-                self._lets.append((variable, found))
+                self._lets.append((variable, opaque(found, tensor.dtype)))
                 found = variable
             self._memo[key] = found
             self._held.append(index)
