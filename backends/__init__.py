@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # name -> "module:class". A string table, so that naming the targets imports none of their runtimes.
 TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
+    "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
 }
 
 
