@@ -74,18 +74,12 @@ def _source_of(folder: Path, original: str | None, record: manifest.Manifest) ->
 
 
 def _ports(record: manifest.Manifest) -> ir.Model:
-    """A model without nodes that has the interface of the program."""
-    sides = {}
-    for side in ("inputs", "outputs"):
-        ports = record["interface"][side]
-        kinds = [ir.TensorType(ir.DataType[port["type"]]) for port in ports]
-        shapes = [ir.Shape(port["shape"]) for port in ports]
-        sides[side] = [
-            ir.Value(name=port["name"], type=kind, shape=shape)
-            for port, kind, shape in zip(ports, kinds, shapes, strict=True)
-        ]
-    graph = ir.Graph(sides["inputs"], sides["outputs"], nodes=[], opset_imports={"": 21}, name="program")
-    return ir.Model(graph, ir_version=10)
+    """A model without nodes that takes what the program takes."""
+    inputs = [
+        ir.Value(name=port["name"], type=ir.TensorType(ir.DataType[port["type"]]), shape=ir.Shape(port["shape"]))
+        for port in record["interface"]["inputs"]
+    ]
+    return ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 21}, name="program"), ir_version=10)
 
 
 def _exports_past(source: str | ir.Model, record: manifest.Manifest) -> bool:
