@@ -21,7 +21,7 @@ def build(module: tvm.IRModule, target: Target) -> Any:
 def _ordered() -> Any:
     """The functions that compute dims, their stores in order: TVM leaves them in the order of addresses in memory."""
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def run(module: tvm.IRModule, _: Any) -> tvm.IRModule:
         for variable, function in module.functions.items():
             is_of_dims = isinstance(function, tirx.PrimFunc) and variable.name_hint.startswith("shape_func")
@@ -48,7 +48,7 @@ def _relax(target: Target) -> Any:
         relax.transform.AttachGlobalSymbol(),
     ]
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def lower(module: tvm.IRModule, _: Any) -> tvm.IRModule:
         with target:
             return tvm.transform.Sequential(steps)(module)

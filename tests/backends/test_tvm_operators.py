@@ -59,10 +59,13 @@ def test_shifts_are_of_unsigned_numbers() -> None:
 @pytest.mark.parametrize("kind", ("uint8", "int8"))
 def test_quantisation_rounds_halves_to_even_and_saturates(kind: str) -> None:
     program = both(
-        f"g (float[n] x) => ({kind}[n] q, float[n] y) {{ q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z) }}",
-        {"s": np.float32(0.5), "z": np.array(3, kind)},
+        f"""g (float[n] x) => ({kind}[n] q, float[n] y) {{
+            q = QuantizeLinear (x, s, z)
+            y = DequantizeLinear (q, s, z)
+        }}""",
+        {"s": np.array(0.5, np.float32), "z": np.array(3, kind)},
     )
-    program.same(x=np.concatenate([np.arange(-80, 80, 0.25, np.float32), normal(64) * 300]))
+    program.same(x=np.concatenate([np.arange(-320, 320).astype(np.float32) / 4, normal(64) * 300]))
 
 
 def test_quantisation_at_run_time() -> None:
@@ -117,7 +120,7 @@ def test_packed_weights(bits: int, group: int) -> None:
 
 def test_a_static_linear_runs_on_its_codes() -> None:
     weights = {
-        "sx": np.float32(0.02), "zx": np.uint8(120), "w": RANDOM.integers(-127, 128, (32, 16)).astype(np.int8),
+        "sx": np.array(0.02, np.float32), "zx": np.array(120, np.uint8), "w": RANDOM.integers(-127, 128, (32, 16)).astype(np.int8),
         "sw": np.abs(normal(16)) + 0.1, "bias": normal(16),
     }  # fmt: skip
     program = both(
@@ -135,8 +138,8 @@ def test_a_static_linear_runs_on_its_codes() -> None:
 
 def test_rows_and_what_picks_from_them() -> None:
     program = both(
-        """g (float[b, n, 24] x, int64[b, n] ids) => (float[b, n, 24] y, float[b, n, 1] t, float[b, n, 24] l, int64[b, n] c,
-        float[b, n, 6] e) {
+        """g (float[b, n, 24] x, int64[b, n] ids) => (float[b, n, 24] y, float[b, n, 1] t, float[b, n, 24] l,
+        int64[b, n] c, float[b, n, 6] e) {
         y = Softmax <axis = -1> (x)
         last = Constant <value_ints = [-1]> ()
         t = ReduceMean (x, last)
@@ -178,7 +181,8 @@ def test_shapes_are_computed_when_the_program_is_compiled() -> None:
 
 
 def test_an_operator_without_translation_is_refused_by_name() -> None:
-    proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) { y = Det (x) }')
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) { y = Det (x) }'
+    proto = onnx.parser.parse_model(text)
     model = ir.from_proto(proto)
     model.graph[0].name = "head.det"
     for refuse in (check, translate):

@@ -137,8 +137,8 @@ def test_without_tvm_the_command_that_installs_it_is_told(model: Path, monkeypat
 
 
 def test_parameters_are_read_as_they_were_written(tmp_path: Path) -> None:
-    arrays = {
-        "a": np.arange(6, dtype=np.int8).reshape(2, 3), "b": np.float32(3.5).reshape(()), "c": np.array([True, False]),
+    arrays: dict[str, np.ndarray] = {
+        "a": np.arange(6, dtype=np.int8).reshape(2, 3), "b": np.array(3.5, np.float32), "c": np.array([True, False]),
         "d": np.arange(12, dtype=np.float32).reshape(3, 4).T,
     }  # fmt: skip
     parameters.write(tmp_path / "p", arrays)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from tvm import tirx
 
 from qcompile.backends.tvm.operation import DTYPES, Operation
@@ -174,7 +175,7 @@ def _unary(scope: Scope, op: Operation) -> Value:
 
 
 def _cast(scope: Scope, op: Operation) -> Value:
-    x, dtype = op.value(0), DTYPES.get(op.whole("to"))
+    x, dtype = op.value(0), DTYPES.get(ir.DataType(op.whole("to")))
     if dtype is None:
         raise op.unsupported(f"the type {op.whole('to')} is not known to this target")
     if x.dtype == dtype:

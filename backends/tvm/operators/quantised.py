@@ -112,14 +112,14 @@ def _per_token(scope: Scope, op: Operation) -> Value:
         return _symmetric_rows(inner, inputs[0], levels) if symmetric else _rows(inner, inputs[0], levels)
 
     made = in_one_kernel(scope, (op.kind, levels), [scope.tensor(op.value(0))], build, "quantize_rows")
-    codes, step, zero = made if len(made) == 3 else (*made, None)
-    values = [codes, step] if zero is None else [codes, step, zero]
+    codes, step = made[:2]
+    zero = made[2] if len(made) > 2 else None
 
     def element(c: Any, s: Any, z: Any = None) -> Any:
         code = tirx.Cast("int32", c)
         return tirx.Cast("float32", code if z is None else code - z) * s
 
-    found = elementwise(scope, ("rows", zero is None), values, element, "float32")
+    found = elementwise(scope, ("rows", zero is None), made, element, "float32")
     found.note = Rows(codes, step, zero)
     return found
 

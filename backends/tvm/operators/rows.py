@@ -55,7 +55,8 @@ def _reduce(scope: Scope, op: Operation) -> Value:
 
 def _known(op: Operation, given: Known) -> Known:
     axes = op.axes(given.array.ndim)
-    apply = {"ReduceMax": np.max, "ReduceMin": np.min, "ReduceSum": np.sum}[op.kind]
+    known: dict[str, Callable[..., Any]] = {"ReduceMax": np.max, "ReduceMin": np.min, "ReduceSum": np.sum}
+    apply = known[op.kind]
     where = None if not axes else tuple(axes)
     return Known(np.asarray(apply(given.array, axis=where, keepdims=bool(op.whole("keepdims", 1)))), given.dtype)
 
