@@ -42,7 +42,7 @@ def passes() -> None:
         indented([(o.spelled, o.values, o.meaning) for o in options])
 
 
-@click.command("targets", short_help="list the targets, what is legal where, and what runs here")
+@click.command("targets", short_help="list the targets")
 def targets() -> None:
     """List the targets that --target knows, what each runs in low bits, and whether this machine can run it.
 

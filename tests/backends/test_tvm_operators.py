@@ -120,7 +120,8 @@ def test_packed_weights(bits: int, group: int) -> None:
 
 def test_a_static_linear_runs_on_its_codes() -> None:
     weights = {
-        "sx": np.array(0.02, np.float32), "zx": np.array(120, np.uint8), "w": RANDOM.integers(-127, 128, (32, 16)).astype(np.int8),
+        "sx": np.array(0.02, np.float32), "zx": np.array(120, np.uint8),
+        "w": RANDOM.integers(-127, 128, (32, 16)).astype(np.int8),
         "sw": np.abs(normal(16)) + 0.1, "bias": normal(16),
     }  # fmt: skip
     program = both(
