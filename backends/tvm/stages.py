@@ -9,7 +9,7 @@ from typing import Any
 from tvm import te, tirx
 from tvm.s_tir import renew_defs
 
-from qcompile.backends.tvm.values import Index, Tensor, walk
+from qcompile.backends.tvm.values import Dim, Index, Tensor, walk
 
 COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": te.min}
 
@@ -17,6 +17,11 @@ COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": t
 def opaque(value: Any, dtype: str) -> Any:
     """``value``, its bounds hidden: TVM analyses a Let again in each context and stumbles over bounds that differ."""
     return tirx.call_intrin(dtype, "tirx.reinterpret", value) if dtype in ("int32", "int64") else value
+
+
+def wide(dims: Sequence[Dim]) -> tuple[Any, ...]:
+    """``dims`` as 64-bit numbers, so that loops count in them; TVM's own widening breaks numbers that index a table."""
+    return tuple(tirx.const(dim, "int64") if isinstance(dim, int) else dim for dim in dims)
 
 
 class Writer:
@@ -69,7 +74,7 @@ class Kernel:
     def read(self, tensor: Tensor) -> None:
         """Make ``tensor``, a leaf of the program, an input."""
         if id(tensor) not in self.stages:
-            held = te.placeholder(tensor.shape, tensor.dtype, name=f"x{len(self.inputs)}")
+            held = te.placeholder(wide(tensor.shape), tensor.dtype, name=f"x{len(self.inputs)}")
             self.stages[id(tensor)] = held
             self.inputs.append(tensor)
             self._placeholders.append(held)
@@ -83,12 +88,12 @@ class Kernel:
             writer = Writer([tensor], self.stages)
             return writer.closed(writer.at(tensor, tuple(index)))
 
-        return self.put(tensor, te.compute(tensor.shape, element, name=name))
+        return self.put(tensor, te.compute(wide(tensor.shape), element, name=name))
 
     def reduce(self, kind: str, result: Tensor, source: Tensor, axes: Sequence[int], name: str = "r") -> te.Tensor:
         """A stage ``result``: ``source`` combined over ``axes``, which stay as dims of one."""
         self._open([source])
-        over = {axis: te.reduce_axis((0, source.shape[axis]), name=f"k{axis}") for axis in axes}
+        over = {axis: te.reduce_axis(wide((0, source.shape[axis])), name=f"k{axis}") for axis in axes}
 
         def element(*index: Any) -> Any:
             writer = Writer([source], self.stages)
@@ -96,22 +101,22 @@ class Kernel:
             read = writer.at(source, place)
             return COMBINE[kind](writer.closed(read), axis=list(over.values()))
 
-        return self.put(result, te.compute(result.shape, element, name=name))
+        return self.put(result, te.compute(wide(result.shape), element, name=name))
 
     def product(self, result: Tensor, element: Callable[..., Any], size: Any, name: str = "matmul") -> te.Tensor:
         """A stage ``result``: the sum of ``element(index, k)`` over ``size`` values of k."""
-        k = te.reduce_axis((0, size), name="k")
-        stage = te.compute(result.shape, lambda *index: te.sum(element(index, k.var), axis=k), name=name)
+        k = te.reduce_axis(wide((0, size)), name="k")
+        stage = te.compute(wide(result.shape), lambda *index: te.sum(element(index, k.var), axis=k), name=name)
         return self.put(result, stage)
 
     def finish(self, outputs: Sequence[Tensor]) -> tuple[tirx.PrimFunc, list[tirx.Var]]:
         """The PrimFunc, and the dynamic dims that it takes as numbers between its inputs and its outputs."""
         ends = [self.stages[id(output)] for output in outputs]
         bound = {dim for held in (*self._placeholders, *ends) for dim in held.shape if isinstance(dim, tirx.Var)}
-        function = te.create_prim_func([*self._placeholders, *ends], "int64")
+        function = te.create_prim_func([*self._placeholders, *ends])
         free = [v for v in self._dims(function) if v not in bound]
         if free:
-            function = te.create_prim_func([*self._placeholders, *free, *ends], "int64")
+            function = te.create_prim_func([*self._placeholders, *free, *ends])
         return renew_defs(function).without_attr("global_symbol"), free
 
     def _dims(self, function: tirx.PrimFunc) -> list[tirx.Var]:

@@ -14,6 +14,7 @@ from typing import Any
 from tvm import te, tirx
 
 from qcompile.backends.tvm.scopes import Body, Program
+from qcompile.backends.tvm.stages import wide
 from qcompile.backends.tvm.values import Dim, Tensor, simplified, view
 
 ROWS, WIDTHS = 4, (64, 32, 16)
@@ -66,21 +67,22 @@ def _stages(
         return right(read, b, k, column(strip, lane))
 
     if pack:
+        unpacked = strip_of
         packed = te.compute(
-            (*batch, strips, depth, width), lambda *i: strip_of(i[:rank], i[rank], i[rank + 1], i[rank + 2]), name=PACK
+            wide((*batch, strips, depth, width)), lambda *i: unpacked(i[:rank], *i[rank:]), name=PACK
         )
 
         def strip_of(b: Any, strip: Any, k: Any, lane: Any) -> Any:
             return packed(*b, strip, k, lane)
 
-    k = te.reduce_axis((0, depth), name="k")
+    k = te.reduce_axis(wide((0, depth)), name="k")
 
     def element(*i: Any) -> Any:
         b, (block, strip, row, lane) = i[:rank], i[rank:]
         at = tirx.min(block * ROWS + row, rows - 1)
         return te.sum(left(read, b, at, k.var) * strip_of(b, strip, k.var, lane), axis=k)
 
-    held = te.compute((*batch, blocks, strips, ROWS, width), element, name=PRODUCT)
-    tiles = Tensor(tuple(held.shape), dtype, leaf="stage")
+    held = te.compute(wide((*batch, blocks, strips, ROWS, width)), element, name=PRODUCT)
+    tiles = Tensor((*batch, blocks, strips, ROWS, width), dtype, leaf="stage")
     body.kernel.put(tiles, held)
     return tiles
