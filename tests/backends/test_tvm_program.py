@@ -60,7 +60,7 @@ def test_batch_and_length_are_dynamic(folder: Path) -> None:
 
 def test_verify_and_bench(folder: Path, model: Path) -> None:
     assert cli.main(["verify", str(folder)]) == 0
-    assert cli.main(["verify", str(folder), "--model", str(model)]) == 0
+    assert cli.main(["verify", str(folder), "--model", str(model), "--length", "16"]) == 0
     assert cli.main(["bench", str(folder), "--against", str(model), "--seq", "8", "--rounds", "2"]) == 0
 
 
