@@ -44,11 +44,13 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays in ``path``, mapped; UserError where the file is none."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        size = path.stat().st_size
-        mapped = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        mapped = np.memmap(path, np.uint8, "r")
         found = {}
         for name, entry in header.items():
             first, last = (int(offset) + 8 + length for offset in entry["data_offsets"])

@@ -20,7 +20,12 @@ from tests.emulated.digests import digest, outputs
 from tests.integer.programs import Array, expose, in_numpy, texts
 
 programs = pytest.mark.parametrize(
-    ("name", "recipe"), [("bert", "w8a8_static"), ("llama", "w8a8"), ("gpt2", "w8a8_static")]
+    ("name", "recipe"),
+    [
+        ("bert", "w8a8_static"),
+        pytest.param("llama", "w8a8", marks=pytest.mark.slow),
+        pytest.param("gpt2", "w8a8_static", marks=pytest.mark.slow),
+    ],
 )
 
 
