@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # name -> "module:class". A string table, so that naming the targets imports none of their runtimes.
 TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
+    "android": "qcompile.backends.mobile.targets:Android",
+    "ios": "qcompile.backends.mobile.targets:Ios",
 }
 
 

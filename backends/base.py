@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar, Protocol, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import onnx_ir as ir
 
@@ -42,6 +42,22 @@ class Backend(Protocol):
 
     def package(self, model: ir.Model, folder: Path) -> None:
         """Write the program into the empty ``folder``; ``model.onnx`` and its data for ONNX Runtime."""
+
+
+def spelled(backend: Any) -> str:
+    """The target as the command line writes it: its name, and in braces the options that differ from the default."""
+    chosen = [f"{f.name}={v}" for f in dataclasses.fields(backend) if (v := getattr(backend, f.name)) != f.default]
+    return f"{backend.name}{{{' '.join(chosen)}}}" if chosen else str(backend.name)
+
+
+def device_facts(backend: Backend, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any] | None:
+    """What a backend for another machine knows of its package: None where the program runs on this one.
+
+    Keys: ``ship``, the files that go to the device, and ``bytes``, their size; ``run`` and ``not_run``, sentences that
+    say what was executed and where, and what was only compiled, linked or written.
+    """
+    told = getattr(backend, "facts", None)
+    return None if told is None else dict(told(folder, feeds))
 
 
 @dataclasses.dataclass(frozen=True)

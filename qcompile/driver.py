@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
-from qcompile.backends.base import Backend, Lower, open_program
+from qcompile.backends.base import Backend, Lower, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
@@ -308,11 +308,14 @@ def _compiled(
         kernels = backend.kernels_of(folder / "model.onnx")
     with step("checking the program"):
         proof = _end_to_end(folder, verify, ctx)
+        device = device_facts(backend, folder, (sample.feeds for sample in verify.samples))
     files = manifest.describe_files(folder, manifest.files_below(folder))
     sizes = {"before": taken.bytes, "after": sum(f["bytes"] for f in files.values())}
     record = _record(pipeline, ctx, backend) | inputs
     record["interface"] = interface(taken.model)  # a quantised cache has inputs and outputs of its own
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
+    if device is not None:
+        record["device"] = device
     _check_gate(record["gate"])
     if record["gate"] is None and ctx.max_drop is not None:
         warn("the allowed drop was not checked, because nothing was quantised")
