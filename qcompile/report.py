@@ -261,7 +261,8 @@ def _device(device: Record | None) -> Raw:
     verdicts = [(name, v["as_is"], v["fixed_shapes"], v["nodes"], v["partitions"])
                 for name, v in device.get("usability", {}).items()]  # fmt: skip
     heads = ("accelerator", "as it is", "with fixed shapes", "nodes it takes", "in parts")
-    told = [Raw("<h3>What ONNX Runtime says of the phone's accelerators</h3>"), table(heads, verdicts)] if verdicts else []
+    title = Raw("<h3>What ONNX Runtime says of the phone's accelerators</h3>")
+    told = [title, table(heads, verdicts)] if verdicts else []
     return section(
         "On the device",
         paragraph(f"{', '.join(device['ship'])} go to the device: {megabytes(device['bytes'])}."),

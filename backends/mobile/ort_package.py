@@ -73,7 +73,7 @@ class OrtPackage:
             "The program": [f"inputs: {words['inputs']}", f"outputs: {words['outputs']}"],
             "Sample projects": [*_SAMPLES[self.platform], NOT_RUN[self.platform]],
             "What was run": [f"`{ort_format.PROGRAM}` beside `{ort_format.MODEL}` on the machine that made them; "
-                             "manifest.json (`device`) has the difference and what ONNX Runtime says of NNAPI and CoreML"],
+                             "manifest.json (`device`) has the difference, and what is said of NNAPI and CoreML"],
         }  # fmt: skip
         lead = f"For ONNX Runtime {words['version']} or newer, on any processor that it supports."
         text = package.page(f"A program for {self.platform}", lead, _FILES, notes)
@@ -87,7 +87,7 @@ class OrtPackage:
         return {
             "ship": [ort_format.PROGRAM],
             "bytes": (folder / ort_format.PROGRAM).stat().st_size,
-            "run": [f"{ort_format.PROGRAM} in ONNX Runtime {version} on {host.machine()}: {words} as {ort_format.MODEL}"],
+            "run": [f"model.ort in ONNX Runtime {version} on {host.machine()}: {words} as model.onnx"],
             "not_run": [NOT_RUN[self.platform]],
             "usability": ort_format.usability(folder / ort_format.MODEL),
         }
