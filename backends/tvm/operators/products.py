@@ -1,0 +1,188 @@
+"""Matrix products: linear layers through the seam of ``linears``, and products of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from qcompile.backends.tvm import linears
+from qcompile.backends.tvm.notes import Activation, Rows, Weight
+from qcompile.backends.tvm.operation import Operation
+from qcompile.backends.tvm.operators.elementwise import elementwise
+from qcompile.backends.tvm.operators.rows import in_one_kernel
+from qcompile.backends.tvm.operators.shapes import transposed
+from qcompile.backends.tvm.scopes import Program, Scope
+from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, aligned, broadcast, immediate, product
+
+
+def _matmul(scope: Scope, op: Operation) -> Value:
+    a, b = scope.tensor(op.value(0)), op.value(1)
+    if a.rank < 2 or len(b.shape) < 2:
+        raise op.unsupported("an operand is a vector")
+    if isinstance(scope, Program) and len(b.shape) == 2:
+        if isinstance(b, Known):
+            return _flat(scope, a, b.shape[1], lambda x: linears.float_linear(scope, x, scope.constant(b)))
+        if isinstance(b.note, Weight):
+            return _quantised(scope, a, b, b.note)
+    return batched(scope, a, scope.tensor(b), a.dtype)
+
+
+def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight) -> Tensor:
+    if weight.per_column and isinstance(a.note, Activation | Rows):
+        return _integer(scope, a, weight)
+    width = b.shape[1]
+    if weight.fits:
+        return _flat(scope, a, width, lambda x: linears.weight_only_linear(scope, x, weight))
+    return _flat(scope, a, width, lambda x: linears.float_linear(scope, x, scope.force(b)))
+
+
+def _flat(scope: Scope, a: Tensor, width: Dim, apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """``apply`` on the rows of ``a`` (..., K) as a matrix."""
+    matrix = scope.reshape(a, [product(a.shape[:-1]), a.shape[-1]])
+    return scope.reshape(apply(scope.force(matrix)), [*a.shape[:-1], width])
+
+
+def _integer(scope: Program, a: Tensor, weight: Weight) -> Tensor:
+    """Codes times codes in int32, then one scaling: (x - zx) (W - zw) sx sw."""
+    note, codes = a.note, np.ascontiguousarray(weight.matrix)
+    depth, width = codes.shape
+    scale, zero = (grid[0] for grid in weight.grids())
+    sums = codes.astype(np.int64).sum(axis=0) - depth * zero.astype(np.int64)  # of W - zw
+    x = scope.force(note.codes)
+    total = _flat(scope, x, width, lambda rows: linears.integer_linear(scope, rows, codes, weight.name))
+    if zero.any():
+        row = elementwise(scope, ("Cast", x.dtype, "int32"), [x], lambda v: tirx.Cast("int32", v), "int32")
+        row = scope.reduce("sum", row, [x.rank - 1])
+        zeros = Known(zero, "int32", f"{weight.name}.zeros")
+        total = elementwise(scope, "less", [total, row, zeros], lambda t, r, z: t - r * z, "int32")
+    if isinstance(note, Activation):
+        offset = 0 if note.zero is None else int(note.zero.array.reshape(-1)[0])
+        shift = Known((sums * offset).astype(np.int32), "int32", f"{weight.name}.offset")
+        factor = np.float32(note.scale.array.reshape(-1)[0]) * scale
+        both: list[Value] = [total, shift, Known(factor.astype(np.float32), "float32", f"{weight.name}.factor")]
+        return elementwise(
+            scope, "scaled", both, lambda t, o, s: tirx.Cast("float32", t - o) * s, "float32"
+        )
+    values: list[Value] = [total, note.step, Known(scale, "float32", f"{weight.name}.scale")]
+    if note.zero is not None:
+        values += [note.zero, Known(sums.astype(np.int32), "int32", f"{weight.name}.sums")]
+
+    def element(t: Any, step: Any, s: Any, z: Any = None, total_of_column: Any = None) -> Any:
+        return tirx.Cast("float32", t if z is None else t - z * total_of_column) * step * s
+
+    return elementwise(scope, ("scaled_rows", note.zero is None), values, element, "float32")
+
+
+def batched(
+    scope: Scope, a: Tensor, b: Tensor, dtype: str, less: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
+    """a (..., M, K) times b (..., K, N), batches broadcast; ``less``: scalars to be subtracted first."""
+    batch = broadcast(a.shape[:-2], b.shape[:-2])
+    rank = len(batch)
+    given = [value for value in less if value is not None]
+
+    def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
+        left = read(0, (*aligned(a.shape[:-2], index[:rank]), index[-2], k))
+        right = read(1, (*aligned(b.shape[:-2], index[:rank]), k, index[-1]))
+        if dtype != a.dtype or dtype != b.dtype:
+            left, right = tirx.Cast(dtype, left), tirx.Cast(dtype, right)
+        place = 2
+        if less[0] is not None:
+            left, place = left - tirx.Cast(dtype, read(place, (0,) * less[0].rank)), place + 1
+        if less[1] is not None:
+            right = right - tirx.Cast(dtype, read(place, (0,) * less[1].rank))
+        return left * right
+
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    key = ("matmul", dtype, less[0] is not None, less[1] is not None)
+    return scope.contract(shape, dtype, [a, b, *given], element, a.shape[-1], key)
+
+
+def _matmul_integer(scope: Scope, op: Operation) -> Value:
+    a, b = scope.tensor(op.value(0)), op.value(1)
+    zeros = [op.value(place) if op.has(place) else None for place in (2, 3)]
+    small = [zero is None or (isinstance(zero, Known) and not zero.array.any()) for zero in zeros]
+    fixed = zeros[0] is None or (isinstance(zeros[0], Known) and zeros[0].array.size == 1)
+    if isinstance(scope, Program) and isinstance(b, Known) and len(b.shape) == 2 and small[1] and fixed:
+        found = _flat(scope, a, b.shape[1], lambda x: linears.integer_linear(scope, x, b.array, b.name or "weight"))
+        if small[0]:
+            return found
+        assert isinstance(zeros[0], Known)
+        sums = b.array.astype(np.int64).sum(axis=0) * int(zeros[0].array.reshape(-1)[0])
+        offset = Known(sums.astype(np.int32), "int32", f"{b.name}.offset")
+        return elementwise(scope, "offset", [found, offset], lambda t, o: t - o, "int32")
+    if any(zero is not None and product(zero.shape) != 1 for zero, none in zip(zeros, small, strict=True) if not none):
+        raise op.unsupported("zero points of rows or columns")
+    less = [None if none or zero is None else scope.tensor(zero) for zero, none in zip(zeros, small, strict=True)]
+    return batched(scope, a, scope.tensor(b), "int32", (less[0], less[1]))
+
+
+def _gemm(scope: Scope, op: Operation) -> Value:
+    a, b = scope.tensor(op.value(0)), op.value(1)
+    if op.int("transA"):
+        a = transposed(a, [1, 0])
+    if op.int("transB"):
+        b = Known(b.array.T, b.dtype, b.name) if isinstance(b, Known) else transposed(b, [1, 0])
+    inner = Operation("MatMul", [a, b], {}, 1, op.where)
+    found = scope.tensor(_matmul(scope, inner))
+    alpha, beta = op.float("alpha", 1.0), op.float("beta", 1.0)
+    if alpha != 1.0:
+        found = elementwise(
+            scope, ("Scale", alpha), [found], lambda v: v * immediate(alpha, found.dtype), found.dtype
+        )
+    if not op.has(2):
+        return found
+    return elementwise(
+        scope, ("AddScaled", beta), [found, op.value(2)],
+        lambda v, c: v + (c if beta == 1.0 else c * immediate(beta, found.dtype)), found.dtype,
+    )  # fmt: skip
+
+
+def _attention(scope: Scope, op: Operation) -> Value:
+    """The project's Attention and GroupedAttention: softmax(q k^T scale + bias) v."""
+    q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
+    scale, groups = op.float("scale", 1.0), op.int("groups", 1)
+    shape = (*q.shape[:-1], k.shape[-2])
+
+    def score(read: Callable[[int, Any], Any], index: Any, d: Any) -> Any:
+        b, h, s, t = index
+        return read(0, (b, h, s, d)) * read(1, (b, h if groups == 1 else tirx.floordiv(h, groups), t, d))
+
+    scores = scope.contract(shape, q.dtype, [q, k], score, q.shape[-1], ("scores", groups))
+    weights = _weights(scope, scores, bias, scale)
+
+    def mixed(read: Callable[[int, Any], Any], index: Any, t: Any) -> Any:
+        b, h, s, d = index
+        return read(0, (b, h, s, t)) * read(1, (b, h if groups == 1 else tirx.floordiv(h, groups), t, d))
+
+    return scope.contract((*q.shape[:-1], v.shape[-1]), q.dtype, [weights, v], mixed, shape[-1], ("mixed", groups))
+
+
+def _weights(scope: Scope, scores: Tensor, bias: Tensor, scale: float) -> Tensor:
+    def build(inner: Scope, inputs: Sequence[Tensor]) -> list[Tensor]:
+        raw, added = inputs
+        factor = immediate(scale, raw.dtype)
+        biased = inner.force(elementwise(
+            inner, ("Biased", scale), [raw, added], lambda a, b: a * factor + b, raw.dtype
+        ))  # fmt: skip
+        last = [raw.rank - 1]
+        top = inner.reduce("max", biased, last)
+        grown = inner.force(elementwise(inner, "Exp", [biased, top], lambda a, b: tirx.exp(a - b), raw.dtype))
+        total = inner.reduce("sum", grown, last)
+        return [elementwise(inner, "Share", [grown, total], lambda a, b: a / b, raw.dtype)]
+
+    return in_one_kernel(scope, ("weights", scale), [scores, bias], build, "attention_weights")[0]
+
+
+TABLE: dict[str, Callable[[Scope, Operation], Any]] = {
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "MatMulInteger": _matmul_integer,
+}
+OWN: dict[str, Callable[[Scope, Operation], Any]] = {
+    "Attention": _attention,
+    "GroupedAttention": _attention,
+}
