@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
 import onnx_ir as ir
 
+from qcompile import manifest
+from qcompile.errors import UserError
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Arrays, Context, Pass, Target
 
@@ -87,6 +90,8 @@ def open_program(folder: Path, *, library: Path | None = None) -> Program:
     from qcompile.calibration.runner import open_session, run_session
 
     path = folder / "model.onnx"
+    if not path.is_file():
+        raise _elsewhere(folder)
     session = open_session(path, library=library if library is not None else library_beside(path))
     names = [o.name for o in session.get_outputs()]
 
@@ -94,3 +99,12 @@ def open_program(folder: Path, *, library: Path | None = None) -> Program:
         return dict(zip(names, run_session(session, names, fed(session, feeds)), strict=True))
 
     return run
+
+
+def _elsewhere(folder: Path) -> UserError:
+    """``folder`` holds no program for this machine."""
+    device = manifest.load(folder).get("device") if (folder / manifest.FILE).is_file() else None
+    if device is None or "triple" not in device:
+        return UserError(f"'{folder}' holds no program", hint="give the folder of -o DIR")
+    what = f"'{folder}' is a package for {device['triple']}, and this machine is {platform.machine()} {platform.system()}"
+    return UserError(what, hint="run it on the device (its README.md says how), or compile with --target cpu as well")

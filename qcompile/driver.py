@@ -307,7 +307,7 @@ def _compiled(
     with step("inspecting the kernels"):
         kernels = backend.kernels_of(folder / "model.onnx")
     with step("checking the program"):
-        proof = _end_to_end(folder, verify, ctx)
+        proof = _end_to_end(folder, backend, verify, ctx)
         device = device_facts(backend, folder, (sample.feeds for sample in verify.samples))
     files = manifest.describe_files(folder, manifest.files_below(folder))
     sizes = {"before": taken.bytes, "after": sum(f["bytes"] for f in files.values())}
@@ -370,10 +370,11 @@ def _fact(entries: list[dict[str, Any]], key: str, default: Any) -> Any:
     return found
 
 
-def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
+def _end_to_end(folder: Path, backend: Backend, verify: Verify, ctx: Context) -> Proof:
     """The packaged program, as a user would run it, against the model as it was captured."""
     library = folder / LIBRARY
-    program = open_program(folder, library=library if library.is_file() else None)
+    opened = getattr(backend, "open", None)  # of a program for another machine
+    program = opened(folder) if opened else open_program(folder, library=library if library.is_file() else None)
     results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
     return verify.compare(verify.original, results, None)
 

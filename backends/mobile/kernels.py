@@ -39,7 +39,8 @@ def write_library(
         def linked(name: str, objects: Sequence[str], **_: object) -> None:
             link([Path(one) for one in objects], Path(name), system)
 
-        place = Path(scratch) / system.library
-        linked.output_format = place.suffix[1:]  # type: ignore[attr-defined]
+        place = Path(scratch) / "library.so"
+        linked.output_format = "so"  # type: ignore[attr-defined]
         made.export_library(str(place), fcompile=linked)
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(place.read_bytes())

@@ -31,7 +31,10 @@ MEMORY = ("bzero", "free", "malloc", "memcpy", "memmove", "memset")
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """What a library is linked for. ``triple``: LLVM's name; ``math``, ``memory``: names of the system's libraries."""
+    """What a library is linked for. ``triple``: LLVM's name; ``math``, ``memory``: names of the system's libraries.
+
+    library: where it lies in the package; name: what others load it by
+    """
 
     triple: str
     arch: Literal["aarch64", "x86_64"]
@@ -41,7 +44,18 @@ class System:
 
     @property
     def library(self) -> str:
-        return "libprogram.dylib" if self.platform else "libprogram.so"
+        if self.platform is None:
+            return "libprogram.so"
+        return f"Kernels.xcframework/{self.slice}/Kernels.framework/Kernels"
+
+    @property
+    def slice(self) -> str:
+        """What Apple's tools call the folder for this platform."""
+        return "ios-arm64-simulator" if self.triple.endswith("simulator") else "ios-arm64"
+
+    @property
+    def name(self) -> str:
+        return "libprogram.so" if self.platform is None else "@rpath/Kernels.framework/Kernels"
 
 
 ANDROID = {
@@ -90,7 +104,7 @@ def _elf(scratch: Path, output: Path, system: System) -> list[str]:
         stubs.append(str(stub))
     page = ["-z", f"max-page-size={PAGE}", "-z", "relro", "-z", "now", "--hash-style=both", "--build-id=none"]
     kept = ["-z", "defs", "--as-needed", "--gc-sections", "-s"]
-    return [*base, *page, *kept, "-soname", output.name, "-o", str(output), *stubs]
+    return [*base, *page, *kept, "-soname", system.name, "-o", str(output), *stubs]
 
 
 def _apple(scratch: Path, output: Path, system: System) -> list[str]:
@@ -104,7 +118,7 @@ def _apple(scratch: Path, output: Path, system: System) -> list[str]:
         f"exports:\n  - targets: [ {target} ]\n    symbols: [ dyld_stub_binder, {names} ]\n...\n"
     )
     place = ["-dylib", "-arch", "arm64", "-platform_version", platform, lowest, sdk]
-    return [find_linker("ld64.lld"), *place, "-install_name", f"@rpath/{output.name}", "-o", str(output), str(stub)]
+    return [find_linker("ld64.lld"), *place, "-install_name", system.name, "-o", str(output), str(stub)]
 
 
 def _run(command: Sequence[str], system: System) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel
+from qcompile.backends.base import Kernel, Program, open_program
 from qcompile.backends.mobile import folder as package
 from qcompile.backends.mobile import ort_format
 from qcompile.backends.onnxruntime_cpu import OnnxRuntimeCpu
@@ -79,6 +79,9 @@ class OrtPackage:
         text = package.page(f"A program for {self.platform}", lead, _FILES, notes)
         (folder / package.PAGE).write_text(text, encoding="utf-8")
         package.write_sums(folder)
+
+    def open(self, folder: Path) -> Program:
+        return open_program(folder)
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
         apart = ort_format.difference(folder, feeds)

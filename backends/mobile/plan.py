@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -86,14 +87,16 @@ class Plan:
 
     def place_parameters(self, arrays: Mapping[int, np.ndarray]) -> None:
         """Give each parameter, by its slot, its place in the file; equal ones share it."""
-        end, known = 0, {}
+        end = 0
+        known: dict[tuple[object, ...], int] = {}
         for slot, array in arrays.items():
-            content = np.ascontiguousarray(array).tobytes()
-            if content not in known:
-                known[content] = end
-                self.parameters[end] = np.ascontiguousarray(array)
-                end += -(-len(content) // ALIGNMENT) * ALIGNMENT
-            self.slots[slot].source = known[content]
+            content = np.ascontiguousarray(array)
+            key = (content.dtype.str, content.shape, hashlib.sha256(content.tobytes()).digest())
+            if key not in known:
+                known[key] = end
+                self.parameters[end] = content
+                end += -(-content.nbytes // ALIGNMENT) * ALIGNMENT
+            self.slots[slot].source = known[key]
 
     def pieces(self) -> Iterator[bytes]:
         """The file of parameters, piece by piece."""
