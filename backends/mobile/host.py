@@ -28,7 +28,7 @@ class Host:
 
     def __call__(self, feeds: Arrays) -> Arrays:
         plan = self._plan
-        given = [np.ascontiguousarray(feeds[name]) for name, _ in plan.inputs]
+        given = [np.asarray(feeds[name], order="C") for name, _ in plan.inputs]
         values = plan.values([array.shape for array in given])
         held: dict[int, Any] = {}
         for number, step in enumerate(plan.steps):

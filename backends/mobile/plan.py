@@ -90,12 +90,12 @@ class Plan:
         end = 0
         known: dict[tuple[object, ...], int] = {}
         for slot, array in arrays.items():
-            content = np.ascontiguousarray(array)
+            content = np.asarray(array, order="C")
             key = (content.dtype.str, content.shape, hashlib.sha256(content.tobytes()).digest())
             if key not in known:
                 known[key] = end
                 self.parameters[end] = content
-                end += -(-content.nbytes // ALIGNMENT) * ALIGNMENT
+                end += -(-max(content.nbytes, 1) // ALIGNMENT) * ALIGNMENT
             self.slots[slot].source = known[key]
 
     def pieces(self) -> Iterator[bytes]:
