@@ -5,7 +5,7 @@ Weights are packed here, when the program is compiled; what the program binds at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,22 @@ from tvm import tirx
 
 from qcompile.backends.tvm.notes import Weight
 from qcompile.backends.tvm.scopes import Program
+from qcompile.backends.tvm.tiles import tiled
 from qcompile.backends.tvm.values import Tensor
 
+Element = Callable[[Callable[[int, Any], Any], Any, Any], Any]  # (read, row, column) -> element
 PACKED = {2: 4, 4: 2}  # bits -> codes in a byte
 
 
 def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str) -> Tensor:
     """int32 sums of x (M, K) uint8 or int8 times ``codes`` (K, N)."""
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     held = program.parameter(f"{name}.codes", np.ascontiguousarray(codes), codes.dtype.name)
 
-    def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
-        return tirx.Cast("int32", read(0, (index[0], k))) * tirx.Cast("int32", read(1, (k, index[1])))
-
-    return program.contract((x.shape[0], columns), "int32", [x, held], element, rows, ("integer_linear", columns))
+    return _product(
+        program, x, [held], columns, "int32", lambda read, m, k: tirx.Cast("int32", read(0, (m, k))),
+        lambda read, k, n: tirx.Cast("int32", read(1, (k, n))), ("integer_linear", columns),
+    )  # fmt: skip
 
 
 def weight_only_linear(program: Program, x: Tensor, weight: Weight) -> Tensor:
@@ -47,26 +49,43 @@ def weight_only_linear(program: Program, x: Tensor, weight: Weight) -> Tensor:
     ]
     mask = (1 << bits) - 1
 
-    def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
-        n, at = index[1], tirx.floordiv(k, group)
+    def right(read: Callable[[int, Any], Any], k: Any, n: Any) -> Any:
+        at = tirx.floordiv(k, group)
         byte = read(1, (tirx.floordiv(k, per), n))
         if per > 1:
             shift = tirx.Cast("uint8", tirx.floormod(k, per) * bits)
             byte = tirx.bitwise_and(tirx.shift_right(byte, shift), tirx.const(mask, "uint8"))
-        return read(0, (index[0], k)) * ((tirx.Cast("float32", byte) - read(3, (at, n))) * read(2, (at, n)))
+        return (tirx.Cast("float32", byte) - read(3, (at, n))) * read(2, (at, n))
 
     key = ("weight_only_linear", columns, bits, group)
-    return program.contract((x.shape[0], columns), "float32", [x, *held], element, rows, key)
+    return _product(program, x, held, columns, "float32", lambda read, m, k: read(0, (m, k)), right, key)
 
 
 def float_linear(program: Program, x: Tensor, matrix: Tensor) -> Tensor:
     """x (M, K) times ``matrix`` (K, N), both floats."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
+    return _product(
+        program, x, [matrix], columns, x.dtype, lambda read, m, k: read(0, (m, k)), lambda read, k, n: read(1, (k, n)),
+        ("float_linear", columns),
+    )  # fmt: skip
+
+
+def _product(
+    program: Program, x: Tensor, held: Sequence[Tensor], columns: int, dtype: str, left: Element, right: Element,
+    key: Hashable,
+) -> Tensor:  # fmt: skip
+    """The sum over k of ``left(read, m, k) * right(read, k, n)``; ``read`` numbers x and then ``held``."""
+    operands, depth = [x, *held], x.shape[1]
+    if program.tiles:
+        return tiled(
+            program, (), (x.shape[0], columns, depth), dtype, operands, lambda read, _, m, k: left(read, m, k),
+            lambda read, _, k, n: right(read, k, n), key, pack=False,
+        )  # fmt: skip
 
     def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
-        return read(0, (index[0], k)) * read(1, (k, index[1]))
+        return left(read, index[0], k) * right(read, k, index[1])
 
-    return program.contract((x.shape[0], columns), x.dtype, [x, matrix], element, rows, ("float_linear", columns))
+    return program.contract((x.shape[0], columns), dtype, operands, element, depth, key)
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -8,9 +8,12 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from qcompile.backends.tvm.schedule import schedule
+
 
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The executable for ``target``."""
+    module = schedule(module)
     return tvm.compile(module, target=target, relax_pipeline=_relax(target))
 
 

@@ -114,9 +114,13 @@ class Body(Scope):
 
 
 class Program(Scope):
-    """The function ``main`` in the making, and the parameters that it takes."""
+    """The function ``main`` in the making, and the parameters that it takes.
 
-    def __init__(self) -> None:
+    tiles: products are written in tiles for a CPU, not as plain sums
+    """
+
+    def __init__(self, tiles: bool = True) -> None:
+        self.tiles = tiles
         self.builder = relax.BlockBuilder()
         self.dims: dict[str, tirx.Var] = {}
         self.parameters: dict[str, np.ndarray] = {}

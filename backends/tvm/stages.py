@@ -83,7 +83,7 @@ class Kernel:
             writer = Writer([tensor], self.stages)
             return writer.closed(writer.at(tensor, tuple(index)))
 
-        return self._put(tensor, te.compute(tensor.shape, element, name=name))
+        return self.put(tensor, te.compute(tensor.shape, element, name=name))
 
     def reduce(self, kind: str, result: Tensor, source: Tensor, axes: Sequence[int], name: str = "r") -> te.Tensor:
         """A stage ``result``: ``source`` combined over ``axes``, which stay as dims of one."""
@@ -96,13 +96,13 @@ class Kernel:
             read = writer.at(source, place)
             return COMBINE[kind](writer.closed(read), axis=list(over.values()))
 
-        return self._put(result, te.compute(result.shape, element, name=name))
+        return self.put(result, te.compute(result.shape, element, name=name))
 
     def product(self, result: Tensor, element: Callable[..., Any], size: Any, name: str = "matmul") -> te.Tensor:
         """A stage ``result``: the sum of ``element(index, k)`` over ``size`` values of k."""
         k = te.reduce_axis((0, size), name="k")
         stage = te.compute(result.shape, lambda *index: te.sum(element(index, k.var), axis=k), name=name)
-        return self._put(result, stage)
+        return self.put(result, stage)
 
     def finish(self, outputs: Sequence[Tensor]) -> tuple[tirx.PrimFunc, list[tirx.Var]]:
         """The PrimFunc, and the dynamic dims that it takes as numbers between its inputs and its outputs."""
@@ -121,7 +121,8 @@ class Kernel:
         names = {v.name for part in parts for v in tirx.analysis.undefined_vars(part)}
         return [variable for name, variable in self._known_dims.items() if name in names]
 
-    def _put(self, tensor: Tensor, stage: te.Tensor) -> te.Tensor:
+    def put(self, tensor: Tensor, stage: te.Tensor) -> te.Tensor:
+        """Let ``stage`` be what ``tensor`` is read from."""
         self.stages[id(tensor)] = stage
         self._alive.append(tensor)
         return stage

@@ -31,20 +31,20 @@ STANDARD = ("", "ai.onnx")
 _INLINE = frozenset(("Constant", "Identity", "Shape", "Split", "Concat", "Gather", "Unsqueeze", "Squeeze", *ELEMENTWISE))
 
 
-def translate(model: ir.Model) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
+def translate(model: ir.Model, *, tiles: bool = True) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
     """``main`` of the program, and its parameters in the order in which they follow the inputs.
 
     ``main`` takes the inputs of the graph, then the parameters, and gives its outputs, as a tuple where there are
-    several. Raises UserError for an operator that has no translation, before anything is built.
+    several. ``tiles``: products are laid out for a CPU; without, they are plain sums for a GPU's schedules. Raises UserError for an operator that has no translation, before anything is built.
     """
-    return _Walker(model).run()
+    return _Walker(model, tiles).run()
 
 
 class _Walker:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, tiles: bool) -> None:
         self._model = model
         self._values: dict[ir.Value, Value | None] = {}
-        self._program = Program()
+        self._program = Program(tiles)
         self._functions = {function.name: function for function in model.functions.values()}
         self._inline: dict[str, bool] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
 from qcompile.backends.tvm.scopes import Program, Scope
-from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, aligned, broadcast, immediate, product
+from qcompile.backends.tvm.tiles import ROWS, Side, tiled
+from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, aligned, broadcast, immediate, product, spelled, view
 
 
 def _matmul(scope: Scope, op: Operation) -> Value:
@@ -42,7 +43,17 @@ def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight) -> Tensor:
 def _flat(scope: Scope, a: Tensor, width: Dim, apply: Callable[[Tensor], Tensor]) -> Tensor:
     """``apply`` on the rows of ``a`` (..., K) as a matrix."""
     matrix = scope.reshape(a, [product(a.shape[:-1]), a.shape[-1]])
-    return scope.reshape(apply(scope.force(matrix)), [*a.shape[:-1], width])
+    result, lead = apply(scope.force(matrix)), a.shape[:-1]
+    if a.rank == 2:
+        return result
+
+    def place(index: Any) -> Any:
+        row: Any = index[0]
+        for at, side in zip(index[1:-1], lead[1:], strict=True):
+            row = row * side + at
+        return row, index[-1]
+
+    return view(result, (*lead, width), place, ("rows", spelled(lead)))
 
 
 def _integer(scope: Program, a: Tensor, weight: Weight) -> Tensor:
@@ -81,24 +92,34 @@ def batched(
 ) -> Tensor:
     """a (..., M, K) times b (..., K, N), batches broadcast; ``less``: scalars to be subtracted first."""
     batch = broadcast(a.shape[:-2], b.shape[:-2])
-    rank = len(batch)
     given = [value for value in less if value is not None]
 
-    def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
-        left = read(0, (*aligned(a.shape[:-2], index[:rank]), index[-2], k))
-        right = read(1, (*aligned(b.shape[:-2], index[:rank]), k, index[-1]))
-        if dtype != a.dtype or dtype != b.dtype:
-            left, right = tirx.Cast(dtype, left), tirx.Cast(dtype, right)
-        place = 2
-        if less[0] is not None:
-            left, place = left - tirx.Cast(dtype, read(place, (0,) * less[0].rank)), place + 1
-        if less[1] is not None:
-            right = right - tirx.Cast(dtype, read(place, (0,) * less[1].rank))
-        return left * right
+    def side(number: int, held: Tensor, zero: Tensor | None, place: int) -> Side:
+        def element(read: Callable[[int, Any], Any], at: Any, row: Any, column: Any) -> Any:
+            found = read(number, (*aligned(held.shape[:-2], at), row, column))
+            found = tirx.Cast(dtype, found) if held.dtype != dtype else found
+            return found if zero is None else found - tirx.Cast(dtype, read(place, (0,) * zero.rank))
 
-    shape = (*batch, a.shape[-2], b.shape[-1])
+        return element
+
+    sides = side(0, a, less[0], 2), side(1, b, less[1], 2 + (less[0] is not None))
     key = ("matmul", dtype, less[0] is not None, less[1] is not None)
-    return scope.contract(shape, dtype, [a, b, *given], element, a.shape[-1], key)
+    return _summed(scope, batch, (a.shape[-2], b.shape[-1], a.shape[-1]), dtype, [a, b, *given], sides, key)
+
+
+def _summed(
+    scope: Scope, batch: Sequence[Dim], sizes: tuple[Dim, Dim, Dim], dtype: str, operands: Sequence[Tensor],
+    sides: tuple[Side, Side], key: Hashable,
+) -> Tensor:  # fmt: skip
+    """The product of ``sides``, (*batch, M, N): in tiles where the program wants them and there is more than a column."""
+    (left, right), (rows, columns, depth), rank = sides, sizes, len(batch)
+    if isinstance(scope, Program) and scope.tiles and not (isinstance(columns, int) and columns < ROWS):
+        return tiled(scope, batch, sizes, dtype, operands, left, right, key, pack=True)
+
+    def element(read: Callable[[int, Any], Any], i: Any, k: Any) -> Any:
+        return left(read, i[:rank], i[-2], k) * right(read, i[:rank], k, i[-1])
+
+    return scope.contract((*batch, rows, columns), dtype, operands, element, depth, key)
 
 
 def _matmul_integer(scope: Scope, op: Operation) -> Value:
@@ -145,20 +166,19 @@ def _attention(scope: Scope, op: Operation) -> Value:
     """The project's Attention and GroupedAttention: softmax(q k^T scale + bias) v."""
     q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
     scale, groups = op.float("scale", 1.0), op.int("groups", 1)
-    shape = (*q.shape[:-1], k.shape[-2])
+    heads, dtype = q.shape[:2], q.dtype
 
-    def score(read: Callable[[int, Any], Any], index: Any, d: Any) -> Any:
-        b, h, s, t = index
-        return read(0, (b, h, s, d)) * read(1, (b, h if groups == 1 else tirx.floordiv(h, groups), t, d))
+    def head(at: Any) -> Any:
+        return at[0], at[1] if groups == 1 else tirx.floordiv(at[1], groups)
 
-    scores = scope.contract(shape, q.dtype, [q, k], score, q.shape[-1], ("scores", groups))
+    queries: Side = lambda read, at, row, d: read(0, (*at, row, d))  # noqa: E731
+    keys: Side = lambda read, at, d, t: read(1, (*head(at), t, d))  # noqa: E731
+    values: Side = lambda read, at, t, d: read(1, (*head(at), t, d))  # noqa: E731
+    sizes = (q.shape[-2], k.shape[-2], q.shape[-1])
+    scores = _summed(scope, heads, sizes, dtype, [q, k], (queries, keys), ("scores", groups))
     weights = _weights(scope, scores, bias, scale)
-
-    def mixed(read: Callable[[int, Any], Any], index: Any, t: Any) -> Any:
-        b, h, s, d = index
-        return read(0, (b, h, s, t)) * read(1, (b, h if groups == 1 else tirx.floordiv(h, groups), t, d))
-
-    return scope.contract((*q.shape[:-1], v.shape[-1]), q.dtype, [weights, v], mixed, shape[-1], ("mixed", groups))
+    sizes = (q.shape[-2], v.shape[-1], k.shape[-2])
+    return _summed(scope, heads, sizes, dtype, [weights, v], (queries, values), ("mixed", groups))
 
 
 def _weights(scope: Scope, scores: Tensor, bias: Tensor, scale: float) -> Tensor:
