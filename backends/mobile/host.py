@@ -9,7 +9,7 @@ import tvm
 from tvm import ir
 from tvm.target import Target
 
-from qcompile.backends.mobile.plan import Plan
+from qcompile.backends.mobile.plan import Plan, Slot
 from qcompile.errors import UserError
 from qcompile.pipeline import Arrays
 
@@ -25,6 +25,10 @@ class Host:
         slots = [slot for slot in plan.slots if slot.place == "parameter"]
         places = {slot.source: plan.parameters[slot.source] for slot in slots}
         self._parameters = {place: tvm.runtime.tensor(array) for place, array in places.items()}
+        self._derived = {
+            number: tvm.runtime.tensor(_derived(slot, plan))
+            for number, slot in enumerate(plan.slots) if slot.place == "derived"
+        }  # fmt: skip
 
     def __call__(self, feeds: Arrays) -> Arrays:
         plan = self._plan
@@ -57,7 +61,15 @@ class Host:
             made = tvm.runtime.tensor(given[slot.source])
         elif slot.place == "parameter":
             return self._parameters[slot.source]
+        elif slot.place == "derived":
+            return self._derived[number]
         else:
             made = self._tensor(slot.source, held, given, values)._create_view(shape)
         held[number] = made
         return made
+
+
+def _derived(slot: Slot, plan: Plan) -> np.ndarray:
+    table = plan.parameters[plan.slots[slot.source].source]
+    found: np.ndarray = (table.view(np.uint8).T + np.uint8(slot.addend)).view(slot.dtype)
+    return np.asarray(found, order="C")

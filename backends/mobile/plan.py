@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 
 MAGIC = int.from_bytes(b"QCPLAN01", "little")
+LEAST = 2**16  # bytes of a parameter that is worth deriving from another
 ALIGNMENT = 64  # bytes: of parameters and of intermediate results
 
-Place = Literal["input", "parameter", "temporary", "view"]
-PLACES: tuple[Place, ...] = ("input", "parameter", "temporary", "view")
+Place = Literal["input", "parameter", "temporary", "view", "derived"]
+PLACES: tuple[Place, ...] = ("input", "parameter", "temporary", "view", "derived")
 _TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}  # as DLPack counts them
 OPERATIONS = ("number", "variable", "+", "-", "*", "//", "%", "max", "min")
 
@@ -28,6 +29,9 @@ Code = tuple[tuple[str, int], ...]
 class Slot:
     """One tensor. ``source``: of an input its number, of a parameter its place in the file, of a view its tensor.
 
+    A derived tensor of bytes is a parameter, tensor ``source``, transposed, with ``addend`` (below 256) on each byte:
+    an embedding that is also the last product's matrix is in the file once.
+
     dims:  numbers of expressions
     first, last: the steps between which a temporary is alive
     """
@@ -38,6 +42,7 @@ class Slot:
     dims: tuple[int, ...]
     first: int = -1
     last: int = -1
+    addend: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,11 @@ class Plan:
         """Give each parameter, by its slot, its place in the file; equal ones share it."""
         end = 0
         known: dict[tuple[object, ...], int] = {}
+        for slot, (table, addend) in _derived(arrays).items():
+            self.slots[slot] = dataclasses.replace(self.slots[slot], place="derived", source=table, addend=addend)
         for slot, array in arrays.items():
+            if self.slots[slot].place == "derived":
+                continue
             content = np.asarray(array, order="C")
             key = (content.dtype.str, content.shape, hashlib.sha256(content.tobytes()).digest())
             if key not in known:
@@ -110,6 +119,27 @@ class Plan:
         """Every expression where the inputs have ``shapes``."""
         variables = [shapes[number][axis] for number, axis in self.variables]
         return [evaluate(code, variables) for code in self.expressions]
+
+
+def _derived(arrays: Mapping[int, np.ndarray]) -> dict[int, tuple[int, int]]:
+    """By slot, the earlier or later one that it is the transpose of, and what is added to each byte."""
+    found: dict[int, tuple[int, int]] = {}
+    wide = {slot: array for slot, array in arrays.items() if _is_table(array)}
+    for slot, array in wide.items():
+        for table, other in wide.items():
+            if table in found or table == slot or other.shape != array.shape[::-1] or slot in found:
+                continue
+            addend = (array.view(np.uint8)[0, 0] - other.view(np.uint8)[0, 0].astype(np.int16)) % 256
+            if np.array_equal(array.view(np.uint8), other.view(np.uint8).T + np.uint8(addend)):
+                if other.shape[0] < other.shape[1]:  # the wide one is read by columns, the tall one by rows
+                    found[table] = (slot, int(-addend % 256))
+                else:
+                    found[slot] = (table, int(addend))
+    return found
+
+
+def _is_table(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.itemsize == 1 and array.dtype != np.bool_ and array.size > LEAST
 
 
 def evaluate(code: Code, variables: Sequence[int]) -> int:
@@ -134,7 +164,7 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
         words += _listed((OPERATIONS.index(operation), operand) for operation, operand in code)
     words.append(len(plan.slots))
     for slot in plan.slots:
-        words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), slot.first, slot.last]
+        words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), slot.addend if slot.place == "derived" else slot.first, slot.last]
         words += _listed((dim,) for dim in slot.dims)
     for ports in (plan.inputs, plan.outputs):
         words += _listed((*_text(name), slot) for name, slot in ports)

@@ -61,9 +61,11 @@ class TvmPackage:
         from qcompile.backends.mobile.host import Host
         from qcompile.backends.mobile.kernels import write_library
         from qcompile.backends.mobile.plan import encode
+        from qcompile.backends.tvm.schedule import schedule
         from qcompile.backends.tvm.translate import translate
 
         module, parameters = translate(model)
+        module = schedule(module)
         ports = [[str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
         plan = extract(module, parameters, *ports)
         digest = hashlib.sha256()

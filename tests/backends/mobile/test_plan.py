@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("tvm")
 
 from qcompile.backends.mobile import kernels
+from qcompile.backends.mobile import plan as plans
 from qcompile.backends.mobile.extract import extract
 from qcompile.backends.mobile.host import Host
 from qcompile.backends.mobile.link import ANDROID, LINUX
@@ -27,7 +28,9 @@ needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="there is 
 @functools.cache
 def planned() -> tuple[Plan, Any]:
     module, parameters = toy.module()
-    return extract(module, parameters, toy.INPUTS, toy.OUTPUTS), module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "LEAST", 0)
+        return extract(module, parameters, toy.INPUTS, toy.OUTPUTS), module
 
 
 def write(folder: Path, triple: str = "x86_64-linux-gnu") -> list[str]:
@@ -52,10 +55,19 @@ def test_a_plan_has_a_step_for_each_call_and_views_cost_nothing() -> None:
     assert all(place % ALIGNMENT == 0 for place in plan.parameters)
 
 
+def test_a_table_that_is_also_a_matrix_is_in_the_file_once() -> None:
+    plan, _ = planned()
+    (held,) = plan.parameters.values()
+    assert held.shape == (toy.ROWS, toy.WIDTH)
+    derived = next(slot for slot in plan.slots if slot.place == "derived")
+    assert (plan.slots[derived.source].place, derived.addend) == ("parameter", 128)
+    assert plan.parameter_bytes == toy.ROWS * toy.WIDTH
+
+
 def test_dims_are_computed_from_those_of_the_inputs() -> None:
     plan, _ = planned()
     flat = plan.slots[plan.root(dict(plan.outputs)["scores"])]
-    assert [plan.values([(2, 3)])[dim] for dim in flat.dims] == [6, toy.COLUMNS]
+    assert [plan.values([(2, 3)])[dim] for dim in flat.dims] == [6, toy.ROWS]
     code = (("variable", 0), ("number", -3), ("*", 0), ("number", 4), ("//", 0))
     assert evaluate(code, [3]) == -3
     assert evaluate((*code[:-1], ("%", 0)), [3]) == 3

@@ -22,7 +22,7 @@
 #endif
 
 enum { ALIGNMENT = 64, DEPTH = 64, MOST_ARGUMENTS = 64 };
-enum { INPUT, PARAMETER, TEMPORARY, VIEW };
+enum { INPUT, PARAMETER, TEMPORARY, VIEW, DERIVED }; /* derived: bytes of a parameter, transposed, plus first */
 static const char MAGIC[9] = "QCPLAN01";
 
 /* How the kernels are called: the layouts of tvm_ffi's TVMFFIAny and DLPack's DLTensor. */
@@ -57,6 +57,7 @@ struct qc_program {
   size_t* offsets;  /* of temporaries and copied inputs in memory */
   int64_t* alive;   /* scratch for the layout */
   void** data;      /* of each slot */
+  unsigned char** derived; /* of each slot that is */
   int64_t* extents; /* shapes and strides of each slot, 2 * QC_RANK */
   unsigned char* memory;
   size_t memory_size;
@@ -188,7 +189,7 @@ static void read_slots(qc_program* program, reader_t* reader) {
   program->slots = calloc((size_t)program->slots_count + 1, sizeof *program->slots);
   for (int64_t i = 0; i < program->slots_count && !reader->damaged; ++i) {
     slot_t* slot = &program->slots[i];
-    slot->place = below(reader, word(reader), 4);
+    slot->place = below(reader, word(reader), 5);
     slot->source = word(reader);
     slot->code = word(reader);
     slot->bits = word(reader);
@@ -199,6 +200,7 @@ static void read_slots(qc_program* program, reader_t* reader) {
     for (int64_t axis = 0; axis < slot->rank && !reader->damaged; ++axis)
       below(reader, slot->dims[axis], program->expressions_count);
     if (slot->place == VIEW) below(reader, slot->source, i); /* so that no view leads to itself */
+    if (slot->place == DERIVED) below(reader, slot->source, program->slots_count);
     if (slot->place == PARAMETER) below(reader, slot->source, (int64_t)program->parameters.size + 1);
   }
 }
@@ -271,6 +273,36 @@ static int read_plan(qc_program* program, reader_t* reader, const char* path) {
   return 0;
 }
 
+static int64_t fixed(const qc_program* program, int64_t dim) { /* -1 for one that depends on the inputs */
+  const expression_t one = program->expressions[dim];
+  return one.count == 1 && one.codes[0] == 0 ? one.codes[1] : -1;
+}
+
+static int derive(qc_program* program) {
+  enum { TILE = 64 };
+  for (int64_t i = 0; i < program->slots_count; ++i) {
+    const slot_t* slot = &program->slots[i];
+    if (slot->place != DERIVED) continue;
+    const slot_t* table = &program->slots[slot->source];
+    const int64_t rows = table->rank == 2 ? fixed(program, table->dims[0]) : -1;
+    const int64_t columns = table->rank == 2 ? fixed(program, table->dims[1]) : -1;
+    const int64_t size = (int64_t)program->parameters.size;
+    const int whole = table->place == PARAMETER && table->bits == 8 && slot->bits == 8 && slot->rank == 2 && rows > 0 &&
+                      columns > 0 && rows <= size / columns && table->source <= size - rows * columns &&
+                      fixed(program, slot->dims[0]) == columns && fixed(program, slot->dims[1]) == rows;
+    if (!whole) FAIL("the plan is damaged");
+    const unsigned char* from = program->parameters.data + table->source;
+    unsigned char* to = program->derived[i] = workspace(1, 0, (uint64_t)(rows * columns), 1, 8);
+    if (!to) FAIL("out of memory");
+    for (int64_t r = 0; r < rows; r += TILE)
+      for (int64_t c = 0; c < columns; c += TILE)
+        for (int64_t y = r; y < rows && y < r + TILE; ++y)
+          for (int64_t x = c; x < columns && x < c + TILE; ++x)
+            to[x * rows + y] = (unsigned char)(from[y * columns + x] + slot->first);
+  }
+  return 0;
+}
+
 static int open_all(qc_program* program, const char* library, const char* plan, const char* parameters) {
   program->plan = map(plan);
   if (!program->plan.data) FAIL("cannot read '%s'", plan);
@@ -292,9 +324,10 @@ static int open_all(qc_program* program, const char* library, const char* plan, 
   program->alive = calloc(slots, sizeof(int64_t));
   program->data = calloc(slots, sizeof(void*));
   program->extents = calloc(slots * 2 * QC_RANK, sizeof(int64_t));
-  if (!program->values || !program->offsets || !program->alive || !program->data || !program->extents)
+  program->derived = calloc(slots, sizeof(unsigned char*));
+  if (!program->derived || !program->values || !program->offsets || !program->alive || !program->data || !program->extents)
     FAIL("out of memory");
-  return 0;
+  return derive(program);
 }
 
 qc_program* qc_open(const char* library, const char* plan, const char* parameters, char* error, size_t error_size) {
@@ -309,7 +342,8 @@ void qc_close(qc_program* program) {
   if (!program) return;
   for (int64_t i = 0; program->inputs && i < program->inputs_count; ++i) free(program->inputs[i].name);
   for (int64_t i = 0; program->outputs && i < program->outputs_count; ++i) free(program->outputs[i].name);
-  free(program->inputs), free(program->outputs), free(program->expressions), free(program->slots);
+  for (int64_t i = 0; program->derived && i < program->slots_count; ++i) free(program->derived[i]);
+  free(program->inputs), free(program->outputs), free(program->derived), free(program->expressions), free(program->slots);
   free(program->kernels), free(program->steps), free(program->values), free(program->offsets);
   free(program->alive), free(program->data), free(program->extents), free(program->memory);
   if (program->plan.data) munmap((void*)program->plan.data, program->plan.size);
@@ -424,6 +458,7 @@ static int allocate(qc_program* program) {
     const slot_t* slot = &program->slots[i];
     program->data[i] = slot->place == PARAMETER ? (void*)(program->parameters.data + slot->source)
                        : slot->place == VIEW    ? program->data[slot->source]
+                       : slot->place == DERIVED ? program->derived[i]
                                                 : program->memory + program->offsets[i];
     if (slot->place == PARAMETER && (size_t)slot->source + bytes_of(program, i) >= program->parameters.size + ALIGNMENT)
       FAIL("the file of parameters is not the plan's: too short");
@@ -506,10 +541,7 @@ int qc_run(qc_program* program, const qc_tensor* inputs, qc_tensor* outputs) {
 qc_tensor qc_input(const qc_program* program, size_t number) {
   const slot_t* slot = &program->slots[program->inputs[number].slot];
   qc_tensor found = {NULL, {0}, (int32_t)slot->rank, (int32_t)slot->code, (int32_t)slot->bits};
-  for (int64_t axis = 0; axis < slot->rank; ++axis) {
-    const expression_t dim = program->expressions[slot->dims[axis]];
-    found.shape[axis] = dim.count == 1 && dim.codes[0] == 0 ? dim.codes[1] : -1;
-  }
+  for (int64_t axis = 0; axis < slot->rank; ++axis) found.shape[axis] = fixed(program, slot->dims[axis]);
   return found;
 }
 
