@@ -20,6 +20,7 @@ from qcompile.backends.base import Kernel, Program
 from qcompile.backends.mobile import apple, headers
 from qcompile.backends.mobile import folder as package
 from qcompile.backends.mobile.link import ANDROID, IOS, System, find_linker
+from qcompile.backends.mobile.products import products
 from qcompile.pipeline import Arrays, Context
 
 PLAN, PARAMETERS = "program.plan", "program.parameters"
@@ -33,7 +34,18 @@ _SAMPLES = {
     "android": {"android/": "a Gradle project in Kotlin that takes all of this from where it lies"},
     "ios": {"Package.swift": "this folder as a Swift package", "swift/Program.swift": "the loader from Swift"},
 }
-_BUILT: dict[Path, Program] = {}  # what ``open`` gives out once: the program as it was packaged, for this machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What is known of a package only while it is made. ``weights``: bytes of the constants, packed to their bits."""
+
+    program: Program
+    kernels: list[Kernel]
+    weights: int
+
+
+_BUILT: dict[Path, Built] = {}  # by the folder of the package, until its facts are told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +66,7 @@ class TvmPackage:
         return 0
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        return []
+        return _BUILT[model.parent].kernels
 
     def package(self, model: ir.Model, folder: Path) -> None:
         from qcompile.backends.mobile.extract import extract
@@ -78,18 +90,22 @@ class TvmPackage:
         if self.system.platform:
             apple.write_framework(folder, self.system)
         self._write_samples(model, folder)
-        _BUILT[folder] = Host(plan, module)
+        held = (value.const_value for value in model.graph.initializers.values())
+        weights = sum(tensor.nbytes for tensor in held if tensor is not None)
+        _BUILT[folder] = Built(Host(plan, module), products(model), weights)
 
     def open(self, folder: Path) -> Program:
         """The program of ``package``, its kernels compiled for this machine."""
-        return _BUILT.pop(folder)
+        return _BUILT[folder].program
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
+        built = _BUILT.pop(folder)
         ship = [PLAN, PARAMETERS, self.system.library]
         here = host.machine()
         return {
             "ship": ship,
             "bytes": sum((folder / name).stat().st_size for name in ship),
+            "weights": built.weights,
             "run": [f"the same plan and kernels, compiled for {here}: the figures of this report are theirs"],
             "not_run": [_checked(headers.read(folder / self.system.library), self.system), _UNBUILT[self.platform]],
             "triple": self.system.triple,
