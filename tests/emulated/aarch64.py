@@ -45,10 +45,8 @@ class Missing(Exception):
 def run(script: Path, *arguments: str, timeout: float = 500) -> str:
     """What ``script`` prints on the emulated machine. Raises Missing where there is none."""
     root = machine()
-    found = [path for name in EMULATORS if (path := shutil.which(name))]
-    emulator = found[0] if found else str(emulator_path())
     python = root / "root/usr/bin" / PYTHON
-    command = [emulator, "-cpu", CPU, "-L", str(root / "root"), str(python), "-S", str(script), *arguments]
+    command = [emulator(), "-cpu", CPU, "-L", str(root / "root"), str(python), "-S", str(script), *arguments]
     variables = {"PYTHONPATH": str(root / "site"), "PYTHONHOME": str(root / "root/usr"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
@@ -79,7 +77,13 @@ def _make(folder: Path, versions: Sequence[str]) -> None:
     shutil.rmtree(wheels)
 
 
-def emulator_path() -> Path:
+def emulator() -> str:
+    """The path of qemu for aarch64. Raises Missing where there is none."""
+    found = [path for name in EMULATORS if (path := shutil.which(name))]
+    return found[0] if found else str(_unpacked_emulator())
+
+
+def _unpacked_emulator() -> Path:
     def make(folder: Path) -> None:
         architecture = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
         unpack(architecture, ["qemu-user-static"], folder, download=True)
