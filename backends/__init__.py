@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # name -> "module:class". A string table, so that naming the targets imports none of their runtimes.
 TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
+    "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
     "android": "qcompile.backends.mobile.targets:Android",
     "ios": "qcompile.backends.mobile.targets:Ios",
 }
@@ -32,3 +33,13 @@ def by_name(name: str) -> Backend:
     found = getattr(importlib.import_module(module), attribute)
     backend: Backend = found(**typed_options(found, options)) if options else found()
     return backend
+
+
+def missing(name: str) -> str:
+    """What this machine lacks to run programs of target ``name``, and how to get it; empty where nothing. No import."""
+    from importlib.util import find_spec
+
+    if ".mobile." in TARGETS[name]:
+        return "a phone: see README.md in its folder"
+    module, extra = ("tvm", "tvm") if ".tvm." in TARGETS[name] else ("onnxruntime", "cpu")
+    return "" if find_spec(module) else f"{module} is not installed: pip install 'qcompile-nn[{extra}]'"

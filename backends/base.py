@@ -16,6 +16,7 @@ from qcompile.ledger import Preserves
 from qcompile.pipeline import Arrays, Context, Pass, Target
 
 Program = Callable[[Arrays], Arrays]
+TVM_PROGRAM = "program.json"  # a folder with it is TVM's
 
 
 class Kernel(TypedDict):
@@ -41,7 +42,10 @@ class Backend(Protocol):
         """Rewrite ``model`` in place into shapes that reach this target's kernels; the number of rewrites."""
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        """The kernel that each matmul of the packaged program at ``model`` reaches, in graph order."""
+        """The kernel that each matmul of the packaged program reaches, in graph order.
+
+        model: the file ``model.onnx`` of its folder, whether or not this backend writes one
+        """
 
     def package(self, model: ir.Model, folder: Path) -> None:
         """Write the program into the empty ``folder``; ``model.onnx`` and its data for ONNX Runtime."""
@@ -79,20 +83,49 @@ class Lower(Pass):
         return self.backend.lower(model, ctx)
 
 
-def open_program(folder: Path, *, library: Path | None = None) -> Program:
-    """The compiled program in ``folder`` as a function from inputs to outputs, both by name.
+def open_session(folder: Path, *, threads: int | None = None, library: Path | None = None) -> Any:
+    """The program in ``folder``, whichever backend wrote it, with the methods of an ONNX Runtime session.
 
-    Where its cache is quantised, a float past is taken too. ``library``: its kernels, where no manifest lists them
-    yet; otherwise those that the manifest lists are used.
+    library: of ONNX Runtime's kernels, where no manifest lists them yet; otherwise those that the manifest lists
     """
-    from qcompile.calibration.caches import fed
+    from qcompile.calibration import runner
     from qcompile.calibration.library import library_beside
-    from qcompile.calibration.runner import open_session, run_session
 
+    if (folder / TVM_PROGRAM).is_file():
+        from qcompile.backends.tvm.program import Session
+
+        return Session(folder, threads)
     path = folder / "model.onnx"
     if not path.is_file():
         raise _elsewhere(folder)
-    session = open_session(path, library=library if library is not None else library_beside(path))
+    return runner.open_session(path, threads=threads, library=library if library is not None else library_beside(path))
+
+
+def program_interface(folder: Path) -> dict[str, Any]:
+    """Names, types and shapes of the inputs and outputs of the program in ``folder``, as the manifest has them."""
+    from qcompile.instruments import interface
+
+    if (folder / TVM_PROGRAM).is_file():
+        from qcompile.backends.tvm.program import ports
+
+        return ports(folder)
+    return dict(interface(ir.load(folder / "model.onnx")))
+
+
+def is_program(folder: Path) -> bool:
+    """Whether ``folder`` holds a compiled program of any backend."""
+    return any((folder / name).is_file() for name in (TVM_PROGRAM, "model.onnx"))
+
+
+def open_program(folder: Path, *, library: Path | None = None) -> Program:
+    """The compiled program in ``folder`` as a function from inputs to outputs, both by name.
+
+    Where its cache is quantised, a float past is taken too. ``library``: as for ``open_session``.
+    """
+    from qcompile.calibration.caches import fed
+    from qcompile.calibration.runner import run_session
+
+    session = open_session(folder, library=library)
     names = [o.name for o in session.get_outputs()]
 
     def run(feeds: Arrays) -> Arrays:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
+from qcompile.backends import legality
 from qcompile.backends.base import Backend, Lower, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
@@ -125,6 +126,7 @@ def compile(
     """
     settings = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     backend = backends.by_name(target)
+    _check_legal(settings, backend)
     pipeline = expand(passes, settings, backend)
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
@@ -149,6 +151,15 @@ def compile(
     except BaseException:
         workspace.close()
         raise
+
+
+def _check_legal(recipe: Recipe, backend: Backend) -> None:
+    """Refuse what the target would not run in low bits, before any work."""
+    found = legality.complaint(recipe, backend.target.name)
+    if found is not None:
+        what, instead = found
+        where = f"recipe '{recipe.name}'"
+        raise UserError(f"target {backend.target.name} cannot run {what} in low bits", where=where, hint=instead)
 
 
 def _lasting(folder: Path) -> Path:

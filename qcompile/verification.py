@@ -12,11 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import backends, manifest
-from qcompile.backends.base import Program, open_program
+from qcompile.backends.base import Program, open_program, program_interface
 from qcompile.calibration.samples import Sample, proof_samples
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
-from qcompile.instruments import Difference, interface, proof_of
+from qcompile.instruments import Difference, proof_of
 from qcompile.intake import take, take_samples
 from qcompile.report import decibels
 
@@ -52,7 +52,7 @@ def verify(
     except QCompileError as error:
         return [*checks, Check("loads", False, error.message)]
     with Workspace() as workspace:
-        source = original if original is not None else str(folder / "model.onnx")
+        source = _source_of(folder, original, record)
         taken = take(source, workspace, allow_pickle=allow_pickle, with_past=_exports_past(source, record))
         words = tokenizer if tokenizer is not None else taken.tokenizer
         count = record["calibration"]["samples"]  # the same ones are held out then
@@ -65,8 +65,27 @@ def verify(
     return [*checks, _kernels(folder, record)]
 
 
-def _exports_past(source: str, record: manifest.Manifest) -> bool:
+def _source_of(folder: Path, original: str | None, record: manifest.Manifest) -> str | ir.Model:
+    """What samples are made for: the original, else the program, else nothing but its inputs and outputs."""
+    if original is not None:
+        return original
+    path = folder / "model.onnx"
+    return str(path) if path.is_file() else _ports(record)
+
+
+def _ports(record: manifest.Manifest) -> ir.Model:
+    """A model without nodes that takes what the program takes."""
+    inputs = [
+        ir.Value(name=port["name"], type=ir.TensorType(ir.DataType[port["type"]]), shape=ir.Shape(port["shape"]))
+        for port in record["interface"]["inputs"]
+    ]
+    return ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 21}, name="program"), ir_version=10)
+
+
+def _exports_past(source: str | ir.Model, record: manifest.Manifest) -> bool:
     """Whether ``source`` is a folder to export as the one that ``record`` speaks of: with its cache."""
+    if isinstance(source, ir.Model):
+        return False
     names = [str(value["name"]) for value in record["interface"]["inputs"]]
     return record["source"]["kind"] == "hugging_face" and Path(source).is_dir() and any("past" in n for n in names)
 
@@ -82,7 +101,7 @@ def _files(folder: Path, record: manifest.Manifest) -> Check:
 
 
 def _interface(folder: Path, record: manifest.Manifest) -> Check:
-    now = manifest.plain(interface(ir.load(folder / "model.onnx")))
+    now = manifest.plain(program_interface(folder))
     known = record["interface"]
     names = ", ".join(str(v["name"]) for side in ("inputs", "outputs") for v in known[side])
     for side in ("inputs", "outputs"):

@@ -20,7 +20,7 @@ from qcompile.backends.base import Kernel, Program
 from qcompile.backends.mobile import apple, headers
 from qcompile.backends.mobile import folder as package
 from qcompile.backends.mobile.link import ANDROID, IOS, System, find_linker
-from qcompile.backends.mobile.products import products
+from qcompile.backends.tvm.require import require_tvm
 from qcompile.pipeline import Arrays, Context
 
 PLAN, PARAMETERS = "program.plan", "program.parameters"
@@ -62,7 +62,10 @@ class TvmPackage:
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
         find_linker("ld64.lld" if self.system.platform else "ld.lld")  # rather now than after the search for ranges
+        from qcompile.backends.tvm.translate import check
+
         model.graph.sort()
+        check(model)
         return 0
 
     def kernels_of(self, model: Path) -> list[Kernel]:
@@ -74,12 +77,12 @@ class TvmPackage:
         from qcompile.backends.mobile.kernels import write_library
         from qcompile.backends.mobile.plan import encode
         from qcompile.backends.tvm.schedule import schedule
-        from qcompile.backends.tvm.translate import translate
+        from qcompile.backends.tvm.translate import translated
 
-        module, parameters = translate(model)
-        module = schedule(module)
+        found = translated(model)
+        module = schedule(found.module)
         ports = [[str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
-        plan = extract(module, parameters, *ports)
+        plan = extract(module, found.parameters, *ports)
         digest = hashlib.sha256()
         with (folder / PARAMETERS).open("wb") as file:
             for piece in plan.pieces():
@@ -92,7 +95,7 @@ class TvmPackage:
         self._write_samples(model, folder)
         held = (value.const_value for value in model.graph.initializers.values())
         weights = sum(tensor.nbytes for tensor in held if tensor is not None)
-        _BUILT[folder] = Built(Host(plan, module), products(model), weights)
+        _BUILT[folder] = Built(Host(plan, module), found.products, weights)
 
     def open(self, folder: Path) -> Program:
         """The program of ``package``, its kernels compiled for this machine."""
@@ -165,14 +168,3 @@ def _checked(header: headers.Header, system: System) -> str:
     names = f" ({', '.join(header.undefined)})" if header.undefined else ""
     built = f"{header.format}, {header.machine}{', ' + header.platform if header.platform else ''}"
     return f"{system.library} is compiled and linked ({built}); it needs {needs}{names}{page}"
-
-
-def require_tvm() -> None:
-    """UserError where TVM is not installed."""
-    from qcompile.errors import UserError
-
-    try:
-        import tvm  # noqa: F401
-    except ImportError as error:
-        hint = "pip install 'qcompile-nn[tvm]', or take runtime=onnxruntime"
-        raise UserError("compiling for phones needs TVM, which is not installed", hint=hint) from error

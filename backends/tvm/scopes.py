@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
+from qcompile.backends.base import Kernel
 from qcompile.backends.tvm.stages import Kernel
 from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, expression, immediate, same, spelled, walk
 
@@ -125,6 +126,7 @@ class Program(Scope):
         self.dims: dict[str, tirx.Var] = {}
         self.parameters: dict[str, np.ndarray] = {}
         self.leaves: dict[str, Tensor] = {}
+        self.products: list[Kernel] = []
         self._contents: dict[bytes, Tensor] = {}
         self._kernels: dict[Hashable, Built] = {}
         self._shapes: dict[Hashable, list[tuple[tuple[Dim, ...], str]]] = {}
@@ -223,6 +225,10 @@ class Program(Scope):
         for result, leaf in zip(results, self._call(full, arguments, results), strict=True):
             result.leaf = leaf
         return results
+
+    def note(self, site: str, kernel: str, reason: str = "") -> None:
+        """Keep on record how the product at ``site`` runs; ``reason``: why not in low bits."""
+        self.products.append({"site": site, "kernel": kernel, "low_bit": not reason, "reason": reason})
 
     def used_parameters(self) -> list[str]:
         """The names of the parameters that a kernel reads, in order."""

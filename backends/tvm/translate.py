@@ -7,6 +7,7 @@ ensures:  ONNX's arithmetic, integers exactly; dynamic dims stay dynamic; consta
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import onnx_ir as ir
 import tvm
 from tvm import relax, tirx
 
+from qcompile.backends.base import Kernel
 from qcompile.backends.tvm.notes import Activation, Rows
 from qcompile.backends.tvm.operation import DTYPES, Operation, attributes_of, constant_of
 from qcompile.backends.tvm.operators import CONVERTERS, ELEMENTWISE, OWN
@@ -37,7 +39,27 @@ def translate(model: ir.Model, *, tiles: bool = True) -> tuple[tvm.IRModule, dic
     ``main`` takes the inputs of the graph, then the parameters, and gives its outputs, as a tuple where there are
     several. ``tiles``: products are laid out for a CPU; without, they are plain sums for a GPU's schedules. Raises UserError for an operator that has no translation, before anything is built.
     """
+    found = translated(model, tiles=tiles)
+    return found.module, found.parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """A module, its parameters by name in their order, and how each product of the model runs in it."""
+
+    module: tvm.IRModule
+    parameters: dict[str, np.ndarray]
+    products: list[Kernel]
+
+
+def translated(model: ir.Model, *, tiles: bool = True) -> Translation:
+    """As ``translate``, and what it made of each product."""
     return _Walker(model, tiles).run()
+
+
+def check(model: ir.Model) -> None:
+    """Raise UserError for the first operator of ``model`` that has no translation."""
+    _Walker(model, tiles=True).refuse_unknown()
 
 
 class _Walker:
@@ -48,9 +70,9 @@ class _Walker:
         self._functions = {function.name: function for function in model.functions.values()}
         self._inline: dict[str, bool] = {}
 
-    def run(self) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
+    def run(self) -> Translation:
         graph, program = self._model.graph, self._program
-        self._refuse_unknown()
+        self.refuse_unknown()
         inputs = [self._input(value) for value in graph.inputs]
         for value in graph.initializers.values():
             self._values[value] = _initializer(value)
@@ -68,7 +90,7 @@ class _Walker:
         module.update_func(
             module.get_global_var("main"), module["main"].with_attr("num_input", len(inputs))
         )
-        return module, {name: program.parameters[name] for name in used}
+        return Translation(module, {name: program.parameters[name] for name in used}, program.products)
 
     # ----------------------------------------------------------------------- ends
 
@@ -176,7 +198,7 @@ class _Walker:
     def _has_product(self, function: ir.Function) -> bool:
         return any(node.op_type == "MatMul" for node in function)
 
-    def _refuse_unknown(self) -> None:
+    def refuse_unknown(self) -> None:
         """UserError for the first operator that has no translation."""
         for node in self._model.graph:
             self._check(node, layer_name(node))

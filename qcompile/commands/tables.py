@@ -42,13 +42,20 @@ def passes() -> None:
         indented([(o.spelled, o.values, o.meaning) for o in options])
 
 
-@click.command("targets", short_help="list the targets")
+@click.command("targets", short_help="list the targets, what is legal where, and what runs here")
 def targets() -> None:
-    """List the targets that --target knows."""
-    from qcompile.backends import TARGETS, by_name
+    """List the targets that --target knows, what each runs in low bits, and whether this machine can run it.
 
-    click.echo(columns([(name, by_name(name).target.description) for name in TARGETS]))
+    Where a recipe asks for something else, compile names the nearest scheme that the target runs.
+    """
+    from qcompile.backends import TARGETS, by_name, legality, missing
+
+    rows = [(name, by_name(name).target.description, missing(name) or "yes") for name in TARGETS]
+    click.echo(columns(rows, ("target", "what it makes", "runs here")))
     for name, place in TARGETS.items():
+        show(f"{name} runs in low bits", legality.listed(name), ("operator", "weights", "activations", "kernel"))
+        if name in legality.INTEGER_ONLY:
+            click.echo("  and integer-only programs, with the same bits on every target that has them")
         show(f"options of {name}, in braces", [(o.spelled, o.values, o.meaning) for o in _described(place)[1]])
 
 

@@ -19,24 +19,37 @@ from qcompile.backends.tvm.tiles import ROWS, Side, tiled
 from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, aligned, broadcast, immediate, product, spelled, view
 
 
+ACTIVATIONS = "products of activations: no integer kernel holds the softmax between them"
+
+
+def _note(scope: Scope, op: Operation, reason: str = "") -> None:
+    if isinstance(scope, Program):
+        scope.note(op.where, op.kind, reason)
+
+
 def _matmul(scope: Scope, op: Operation) -> Value:
     a, b = scope.tensor(op.value(0)), op.value(1)
     if a.rank < 2 or len(b.shape) < 2:
         raise op.unsupported("an operand is a vector")
     if isinstance(scope, Program) and len(b.shape) == 2:
         if isinstance(b, Known):
+            scope.note(op.where, "float_linear", "kept in float by the recipe")
             return _flat(scope, a, b.shape[1], lambda x: linears.float_linear(scope, x, scope.constant(b)))
         if isinstance(b.note, Weight):
-            return _quantised(scope, a, b, b.note)
+            return _quantised(scope, a, b, b.note, op.where)
+    _note(scope, op, ACTIVATIONS)
     return batched(scope, a, scope.tensor(b), a.dtype)
 
 
-def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight) -> Tensor:
+def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight, where: str) -> Tensor:
     if weight.per_column and isinstance(a.note, Activation | Rows):
+        scope.note(where, "integer_linear")
         return _integer(scope, a, weight)
     width = b.shape[1]
     if weight.fits:
+        scope.note(where, "weight_only_linear")
         return _flat(scope, a, width, lambda x: linears.weight_only_linear(scope, x, weight))
+    scope.note(where, "float_linear", "the weight has one scale for each slice that is summed over")
     return _flat(scope, a, width, lambda x: linears.float_linear(scope, x, scope.force(b)))
 
 
@@ -128,6 +141,7 @@ def _matmul_integer(scope: Scope, op: Operation) -> Value:
     small = [zero is None or (isinstance(zero, Known) and not zero.array.any()) for zero in zeros]
     fixed = zeros[0] is None or (isinstance(zeros[0], Known) and zeros[0].array.size == 1)
     if isinstance(scope, Program) and isinstance(b, Known) and len(b.shape) == 2 and small[1] and fixed:
+        scope.note(op.where, "integer_linear")
         found = _flat(scope, a, b.shape[1], lambda x: linears.integer_linear(scope, x, b.array, b.name or "weight"))
         if small[0]:
             return found
@@ -138,6 +152,7 @@ def _matmul_integer(scope: Scope, op: Operation) -> Value:
     if any(zero is not None and product(zero.shape) != 1 for zero, none in zip(zeros, small, strict=True) if not none):
         raise op.unsupported("zero points of rows or columns")
     less = [None if none or zero is None else scope.tensor(zero) for zero, none in zip(zeros, small, strict=True)]
+    _note(scope, op)
     return batched(scope, a, scope.tensor(b), "int32", (less[0], less[1]))
 
 
@@ -165,6 +180,7 @@ def _gemm(scope: Scope, op: Operation) -> Value:
 def _attention(scope: Scope, op: Operation) -> Value:
     """The project's Attention and GroupedAttention: softmax(q k^T scale + bias) v."""
     q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
+    _note(scope, op, ACTIVATIONS)
     scale, groups = op.float("scale", 1.0), op.int("groups", 1)
     heads, dtype = q.shape[:2], q.dtype
 

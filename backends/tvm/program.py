@@ -1,0 +1,130 @@
+"""A compiled folder as a program: the library, its parameters bound, behind the methods of an ONNX Runtime session."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.backends.tvm import parameters
+from qcompile.backends.tvm.require import require_tvm
+from qcompile.errors import UserError
+
+FILE, LIBRARY, PARAMETERS = "program.json", "program.so", "parameters.safetensors"
+FORMAT = 1
+_KINDS = {
+    "float32": "float", "float64": "double", "float16": "float16", "int64": "int64", "int32": "int32", "int8": "int8",
+    "uint8": "uint8", "bool": "bool",
+}  # fmt: skip
+
+_ONNX = {"float32": "FLOAT", "float64": "DOUBLE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output; dynamic dims are names."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+    @property
+    def type(self) -> str:
+        """The type as ONNX Runtime spells it."""
+        return f"tensor({_KINDS.get(self.dtype, self.dtype)})"
+
+
+class Held:
+    """A result that stays where the program made it until it is asked for."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def numpy(self) -> np.ndarray:
+        found: np.ndarray = self.tensor.numpy()
+        return found
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What ``program.json`` in ``folder`` says; UserError where there is none of this format."""
+    path = folder / FILE
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{path}': {error}", hint="name a folder that was compiled for TVM") from error
+    if found.get("format") != FORMAT:
+        hint = "compile the model again with this version"
+        raise UserError(f"'{path}' has format {found.get('format')}, this version reads {FORMAT}", hint=hint)
+    return found
+
+
+def ports(folder: Path) -> dict[str, Any]:
+    """Names, types and shapes of inputs and outputs, with the types as ONNX calls them."""
+    described = describe(folder)
+    return {
+        side: [{"name": p["name"], "type": _ONNX.get(p["dtype"], p["dtype"].upper()), "shape": p["shape"]} for p in described[side]]
+        for side in ("inputs", "outputs")
+    }
+
+
+class Session:
+    """The program in ``folder``, ready to run on this machine."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        tvm = require_tvm()
+        from tvm import relax
+
+        self._tvm, described = tvm, describe(folder)
+        self._inputs = [Port(**port) for port in described["inputs"]]
+        self._outputs = [Port(**port) for port in described["outputs"]]
+        self._device = tvm.device(described["device"])
+        try:
+            library = tvm.runtime.load_module(str(folder / LIBRARY))
+            self._machine = relax.VirtualMachine(library, self._device)
+        except Exception as error:  # a library for another processor, a runtime that is not in this TVM
+            what = f"TVM cannot load '{folder / LIBRARY}': {str(error).strip().splitlines()[-1][:300]}"
+            raise UserError(what, hint="was it compiled for this machine? `qcompile targets` says what runs here") from error
+        tvm.get_global_func("runtime.config_threadpool")(1, threads or os.cpu_count() or 1)
+        held = parameters.read(folder / PARAMETERS)
+        self._parameters = [self._tensor(held[name]) for name in described["parameters"]]
+        self._run = self._machine["main"]
+
+    def get_inputs(self) -> list[Port]:
+        return self._inputs
+
+    def get_outputs(self) -> list[Port]:
+        return self._outputs
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs ``names`` (all, in order, for None) of one set of inputs."""
+        return [value.numpy() for value in self.run_with_ort_values(names, feeds)]
+
+    def run_with_ort_values(self, names: Sequence[str] | None, values: Mapping[str, Any]) -> list[Held]:
+        """The same without copies of what an earlier run gave."""
+        found = self._run(*(self._given(port, values) for port in self._inputs), *self._parameters)
+        results = [found] if len(self._outputs) == 1 else list(found)
+        by_name = {port.name: Held(result) for port, result in zip(self._outputs, results, strict=True)}
+        return list(by_name.values()) if names is None else [by_name[name] for name in names]
+
+    def _given(self, port: Port, values: Mapping[str, Any]) -> Any:
+        if port.name not in values:
+            raise UserError(f"the input '{port.name}' is missing", hint=f"inputs: {', '.join(p.name for p in self._inputs)}")
+        value = values[port.name]
+        if isinstance(value, Held):
+            return value.tensor
+        array = value if isinstance(value, np.ndarray) else value.numpy()
+        sides = zip(port.shape, array.shape, strict=False)
+        if array.dtype.name != port.dtype or array.ndim != len(port.shape) or any(
+            isinstance(side, int) and side != real for side, real in sides
+        ):
+            what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
+            raise UserError(what, hint=f"it must be {port.dtype} {tuple(port.shape)}")
+        return self._tensor(array)
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._tvm.runtime.tensor(np.asarray(array, order="C"), self._device)

@@ -1,0 +1,26 @@
+"""TVM where it is needed, refused in words a user can act on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from qcompile.errors import UserError
+
+INSTALL = "pip install 'qcompile-nn[tvm]'"
+
+
+def is_installed() -> bool:
+    """Whether there is a TVM to import; it is not imported."""
+    return importlib.util.find_spec("tvm") is not None
+
+
+def require_tvm() -> ModuleType:
+    """The module ``tvm``; UserError where it is absent or does not load."""
+    if not is_installed():
+        raise UserError("this target needs TVM, which is not installed", hint=INSTALL)
+    try:
+        return importlib.import_module("tvm")
+    except Exception as error:  # a library that does not load raises what it likes
+        raise UserError(f"TVM is installed but does not load: {error}", hint=INSTALL) from error
