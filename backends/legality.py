@@ -84,7 +84,7 @@ def refused(rule: Rule, target: str) -> bool:
 
 
 def nearest(rule: Rule, target: str) -> Rule | None:
-    """The rule closest to ``rule`` that ``target`` runs: granularity gives way first, then bits; None to leave it out."""
+    """The rule closest to ``rule`` that ``target`` runs; None where it runs none and the rule must go."""
     rows = [row for row in TABLE[_plain(target)] if row.op == rule.op]
     changed = [(_distance(rule, found), place, found) for place, row in enumerate(rows) for found in _fitted(rule, row)]
     return min(changed, key=lambda entry: entry[:2])[2] if changed else None

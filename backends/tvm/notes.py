@@ -11,7 +11,7 @@ from qcompile.backends.tvm.values import Known, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A constant matrix on a grid: (codes - zero) * scale, with one grid for each slice of ``axis`` or each block of it.
+    """A constant matrix: (codes - zero) * scale, with one grid for each slice of ``axis`` or each block of it.
 
     codes: (K, N), or (N, K) where ``turned``
     """
@@ -50,7 +50,8 @@ class Weight:
             array = np.zeros(1, kind) if held is None else np.asarray(held).astype(kind)
             if array.ndim == 2:
                 array = array.T if self.turned else array
-            both.append(np.ascontiguousarray(np.broadcast_to(array.reshape(-1) if array.ndim < 2 else array, (count, width))))
+            row = array.reshape(-1) if array.ndim < 2 else array
+            both.append(np.ascontiguousarray(np.broadcast_to(row, (count, width))))
         return both[0], both[1]
 
     @property

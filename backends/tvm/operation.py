@@ -30,10 +30,10 @@ class Operation:
     outputs: int
     where: str
 
-    def int(self, name: str, default: int = 0) -> int:
+    def whole(self, name: str, default: int = 0) -> int:
         return int(self.attributes.get(name, default))
 
-    def float(self, name: str, default: float = 0.0) -> float:
+    def real(self, name: str, default: float = 0.0) -> float:
         return float(self.attributes.get(name, default))
 
     def text(self, name: str, default: str = "") -> str:
@@ -82,7 +82,7 @@ def attributes_of(node: ir.Node, given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, attribute in node.attributes.items():
         if attribute.is_ref():
-            if attribute.ref_attr_name in given:
+            if attribute.ref_attr_name is not None and attribute.ref_attr_name in given:
                 found[name] = given[attribute.ref_attr_name]
         elif attribute.type == ir.AttributeType.TENSOR:
             found[name] = attribute.as_tensor().numpy()

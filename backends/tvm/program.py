@@ -66,10 +66,11 @@ def describe(folder: Path) -> dict[str, Any]:
 def ports(folder: Path) -> dict[str, Any]:
     """Names, types and shapes of inputs and outputs, with the types as ONNX calls them."""
     described = describe(folder)
-    return {
-        side: [{"name": p["name"], "type": _ONNX.get(p["dtype"], p["dtype"].upper()), "shape": p["shape"]} for p in described[side]]
-        for side in ("inputs", "outputs")
-    }
+    return {side: [_in_onnx(port) for port in described[side]] for side in ("inputs", "outputs")}
+
+
+def _in_onnx(port: dict[str, Any]) -> dict[str, Any]:
+    return {"name": port["name"], "type": _ONNX.get(port["dtype"], port["dtype"].upper()), "shape": port["shape"]}
 
 
 class Session:
@@ -88,7 +89,8 @@ class Session:
             self._machine = relax.VirtualMachine(library, self._device)
         except Exception as error:  # a library for another processor, a runtime that is not in this TVM
             what = f"TVM cannot load '{folder / LIBRARY}': {str(error).strip().splitlines()[-1][:300]}"
-            raise UserError(what, hint="was it compiled for this machine? `qcompile targets` says what runs here") from error
+            hint = "was it compiled for this machine? `qcompile targets` says what runs here"
+            raise UserError(what, hint=hint) from error
         tvm.get_global_func("runtime.config_threadpool")(1, threads or os.cpu_count() or 1)
         held = parameters.read(folder / PARAMETERS)
         self._parameters = [self._tensor(held[name]) for name in described["parameters"]]
@@ -113,7 +115,8 @@ class Session:
 
     def _given(self, port: Port, values: Mapping[str, Any]) -> Any:
         if port.name not in values:
-            raise UserError(f"the input '{port.name}' is missing", hint=f"inputs: {', '.join(p.name for p in self._inputs)}")
+            names = ", ".join(p.name for p in self._inputs)
+            raise UserError(f"the input '{port.name}' is missing", hint=f"the program takes {names}")
         value = values[port.name]
         if isinstance(value, Held):
             return value.tensor

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
-from qcompile.backends.base import Kernel
+from qcompile.backends import base
 from qcompile.backends.tvm.stages import Kernel
 from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, expression, immediate, same, spelled, walk
-
 
 
 class Scope(abc.ABC):
@@ -126,7 +125,7 @@ class Program(Scope):
         self.dims: dict[str, tirx.Var] = {}
         self.parameters: dict[str, np.ndarray] = {}
         self.leaves: dict[str, Tensor] = {}
-        self.products: list[Kernel] = []
+        self.products: list[base.Kernel] = []
         self._contents: dict[bytes, Tensor] = {}
         self._kernels: dict[Hashable, Built] = {}
         self._shapes: dict[Hashable, list[tuple[tuple[Dim, ...], str]]] = {}
@@ -245,7 +244,8 @@ class Program(Scope):
         held = self.force(source)
         self._used.update({held.leaf.name} & self.parameters.keys())
         kind = relax.TensorType(list(shape), source.dtype)
-        call = relax.Call(relax.ExternFunc("vm.builtin.reshape"), [held.leaf, relax.ShapeExpr(list(shape))], ty_args=[kind])
+        given = [held.leaf, relax.ShapeExpr(list(shape))]
+        call = relax.Call(relax.ExternFunc("vm.builtin.reshape"), given, ty_args=[kind])
         return Tensor(tuple(shape), source.dtype, leaf=self.builder.emit(call))
 
     def _symbolic(self, known: Known) -> Tensor:

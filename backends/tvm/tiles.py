@@ -70,7 +70,7 @@ def _stages(
             (*batch, strips, depth, width), lambda *i: strip_of(i[:rank], i[rank], i[rank + 1], i[rank + 2]), name=PACK
         )
 
-        def strip_of(b: Any, strip: Any, k: Any, lane: Any) -> Any:  # noqa: F811
+        def strip_of(b: Any, strip: Any, k: Any, lane: Any) -> Any:
             return packed(*b, strip, k, lane)
 
     k = te.reduce_axis((0, depth), name="k")

@@ -30,14 +30,16 @@ from qcompile.graph.provenance import layer_name
 from qcompile.progress import track
 
 STANDARD = ("", "ai.onnx")
-_INLINE = frozenset(("Constant", "Identity", "Shape", "Split", "Concat", "Gather", "Unsqueeze", "Squeeze", *ELEMENTWISE))
+_VIEWS = ("Constant", "Identity", "Shape", "Split", "Concat", "Gather", "Unsqueeze", "Squeeze")
+_INLINE = frozenset((*_VIEWS, *ELEMENTWISE))  # what a function written out among the operators may hold
 
 
 def translate(model: ir.Model, *, tiles: bool = True) -> tuple[tvm.IRModule, dict[str, np.ndarray]]:
     """``main`` of the program, and its parameters in the order in which they follow the inputs.
 
     ``main`` takes the inputs of the graph, then the parameters, and gives its outputs, as a tuple where there are
-    several. ``tiles``: products are laid out for a CPU; without, they are plain sums for a GPU's schedules. Raises UserError for an operator that has no translation, before anything is built.
+    several. ``tiles``: products are laid out for a CPU; without, they are plain sums for a GPU's schedules.
+    Raises UserError for an operator that has no translation, before anything is built.
     """
     found = translated(model, tiles=tiles)
     return found.module, found.parameters

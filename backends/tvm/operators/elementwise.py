@@ -174,9 +174,9 @@ def _unary(scope: Scope, op: Operation) -> Value:
 
 
 def _cast(scope: Scope, op: Operation) -> Value:
-    x, dtype = op.value(0), DTYPES.get(op.int("to"))
+    x, dtype = op.value(0), DTYPES.get(op.whole("to"))
     if dtype is None:
-        raise op.unsupported(f"the type {op.int('to')} is not known to this target")
+        raise op.unsupported(f"the type {op.whole('to')} is not known to this target")
     if x.dtype == dtype:
         return x
     if isinstance(x, Known):
@@ -210,7 +210,7 @@ def _gelu_node(scope: Scope, op: Operation) -> Value:
 
 
 def _leaky(scope: Scope, op: Operation) -> Value:
-    x, slope = scope.tensor(op.value(0)), op.float("alpha", 0.01)
+    x, slope = scope.tensor(op.value(0)), op.real("alpha", 0.01)
     return elementwise(
         scope, ("LeakyRelu", slope, x.dtype), [x],
         lambda a: tirx.Select(a < immediate(0, x.dtype), a * immediate(slope, x.dtype), a), x.dtype,
@@ -218,7 +218,7 @@ def _leaky(scope: Scope, op: Operation) -> Value:
 
 
 def _hard_sigmoid(scope: Scope, op: Operation) -> Value:
-    x, a, b = scope.tensor(op.value(0)), op.float("alpha", 0.2), op.float("beta", 0.5)
+    x, a, b = scope.tensor(op.value(0)), op.real("alpha", 0.2), op.real("beta", 0.5)
     nought, one = immediate(0, x.dtype), immediate(1, x.dtype)
     return elementwise(
         scope, ("HardSigmoid", a, b, x.dtype), [x],
@@ -227,7 +227,7 @@ def _hard_sigmoid(scope: Scope, op: Operation) -> Value:
 
 
 def _mod(scope: Scope, op: Operation) -> Value:
-    a, b, truncated = op.value(0), op.value(1), bool(op.int("fmod"))
+    a, b, truncated = op.value(0), op.value(1), bool(op.whole("fmod"))
     return elementwise(
         scope, ("Mod", truncated, a.dtype), [a, b], lambda x, y: _modulo(x, y, a.dtype, truncated), a.dtype
     )

@@ -32,7 +32,7 @@ def _from_end(index: Any, side: Dim, dtype: str) -> Any:
 
 
 def _gather(scope: Scope, op: Operation) -> Value:
-    data, indices, axis = op.value(0), op.value(1), op.int("axis") % max(1, rank_of(op.value(0)))
+    data, indices, axis = op.value(0), op.value(1), op.whole("axis") % max(1, rank_of(op.value(0)))
     if isinstance(data, Known) and isinstance(indices, Known) and not indices.is_symbolic:
         return Known(np.asarray(np.take(data.array, indices.array.astype(np.int64), axis)), data.dtype)
     held = scope.tensor(data)
@@ -59,7 +59,7 @@ def _gather(scope: Scope, op: Operation) -> Value:
 
 def _gather_elements(scope: Scope, op: Operation) -> Value:
     held, places = scope.tensor(op.value(0)), scope.tensor(op.value(1))
-    axis = op.int("axis") % held.rank
+    axis = op.whole("axis") % held.rank
     side = held.shape[axis]
 
     def make(read: Callable[[int, Any], Any], index: Any) -> Any:
@@ -71,7 +71,7 @@ def _gather_elements(scope: Scope, op: Operation) -> Value:
 
 def _gather_nd(scope: Scope, op: Operation) -> Value:
     held, places = scope.tensor(op.value(0)), scope.tensor(op.value(1))
-    batch, depth = op.int("batch_dims"), places.shape[-1]
+    batch, depth = op.whole("batch_dims"), places.shape[-1]
     if not isinstance(depth, int):
         raise op.unsupported("its indices have a dynamic depth")
     rank, shape = places.rank - 1, (*places.shape[:-1], *held.shape[batch + depth :])
@@ -130,11 +130,12 @@ def _bound(value: Dim, side: Dim) -> Dim:
 
 def _concat(scope: Scope, op: Operation) -> Value:
     values = [op.value(place) for place in range(len(op.inputs))]
-    axis = op.int("axis") % rank_of(values[0])
+    axis = op.whole("axis") % rank_of(values[0])
     if all(isinstance(value, Known) for value in values):
         arrays = [value.array for value in values if isinstance(value, Known)]
         if any(array.dtype == object for array in arrays):
-            return dims_known([dim for value in values if isinstance(value, Known) for dim in value.ints()], values[0].dtype)
+            dims = [dim for value in values if isinstance(value, Known) for dim in value.ints()]
+            return dims_known(dims, values[0].dtype)
         return Known(np.concatenate(arrays, axis), values[0].dtype)
     parts = [scope.tensor(value) for value in values]
     parts = [scope.force(part) if part.cost else part for part in parts]
@@ -163,14 +164,14 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 def _split(scope: Scope, op: Operation) -> Sequence[Value]:
     x = op.value(0)
-    axis = op.int("axis") % rank_of(x)
+    axis = op.whole("axis") % rank_of(x)
     side = x.shape[axis]
     if op.has(1) or op.ints("split") is not None:
         sizes = op.dims(1) if op.has(1) else list(op.ints("split") or [])
     else:
         if not isinstance(side, int):
             raise op.unsupported("it splits a dynamic dim")
-        count = op.int("num_outputs", op.outputs)
+        count = op.whole("num_outputs", op.outputs)
         each = -(-side // count)
         sizes = [each] * (count - 1) + [side - each * (count - 1)]
     found: list[Value] = []
@@ -192,7 +193,7 @@ def _part(x: Value, axis: int, start: Dim, size: Dim) -> Value:
 
 
 def _trilu(scope: Scope, op: Operation) -> Value:
-    x, upper = scope.tensor(op.value(0)), bool(op.int("upper", 1))
+    x, upper = scope.tensor(op.value(0)), bool(op.whole("upper", 1))
     diagonal = op.dims(1)[0] if op.has(1) else 0
 
     def make(read: Callable[[int, Any], Any], index: Any) -> Any:

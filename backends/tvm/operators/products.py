@@ -16,8 +16,18 @@ from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
 from qcompile.backends.tvm.scopes import Program, Scope
 from qcompile.backends.tvm.tiles import ROWS, Side, tiled
-from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, aligned, broadcast, immediate, product, spelled, view
-
+from qcompile.backends.tvm.values import (
+    Dim,
+    Known,
+    Tensor,
+    Value,
+    aligned,
+    broadcast,
+    immediate,
+    product,
+    spelled,
+    view,
+)
 
 ACTIVATIONS = "products of activations: no integer kernel holds the softmax between them"
 
@@ -124,7 +134,7 @@ def _summed(
     scope: Scope, batch: Sequence[Dim], sizes: tuple[Dim, Dim, Dim], dtype: str, operands: Sequence[Tensor],
     sides: tuple[Side, Side], key: Hashable,
 ) -> Tensor:  # fmt: skip
-    """The product of ``sides``, (*batch, M, N): in tiles where the program wants them and there is more than a column."""
+    """The product of ``sides``, (*batch, M, N): in tiles where the program wants them and there are columns enough."""
     (left, right), (rows, columns, depth), rank = sides, sizes, len(batch)
     if isinstance(scope, Program) and scope.tiles and not (isinstance(columns, int) and columns < ROWS):
         return tiled(scope, batch, sizes, dtype, operands, left, right, key, pack=True)
@@ -158,13 +168,13 @@ def _matmul_integer(scope: Scope, op: Operation) -> Value:
 
 def _gemm(scope: Scope, op: Operation) -> Value:
     a, b = scope.tensor(op.value(0)), op.value(1)
-    if op.int("transA"):
+    if op.whole("transA"):
         a = transposed(a, [1, 0])
-    if op.int("transB"):
+    if op.whole("transB"):
         b = Known(b.array.T, b.dtype, b.name) if isinstance(b, Known) else transposed(b, [1, 0])
     inner = Operation("MatMul", [a, b], {}, 1, op.where)
     found = scope.tensor(_matmul(scope, inner))
-    alpha, beta = op.float("alpha", 1.0), op.float("beta", 1.0)
+    alpha, beta = op.real("alpha", 1.0), op.real("beta", 1.0)
     if alpha != 1.0:
         found = elementwise(
             scope, ("Scale", alpha), [found], lambda v: v * immediate(alpha, found.dtype), found.dtype
@@ -181,7 +191,7 @@ def _attention(scope: Scope, op: Operation) -> Value:
     """The project's Attention and GroupedAttention: softmax(q k^T scale + bias) v."""
     q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
     _note(scope, op, ACTIVATIONS)
-    scale, groups = op.float("scale", 1.0), op.int("groups", 1)
+    scale, groups = op.real("scale", 1.0), op.whole("groups", 1)
     heads, dtype = q.shape[:2], q.dtype
 
     def head(at: Any) -> Any:

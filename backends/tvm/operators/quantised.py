@@ -38,7 +38,7 @@ def _quantize(scope: Scope, op: Operation) -> Value:
     dtype = zero.dtype if zero is not None else "uint8"
     if dtype not in LIMITS:
         raise op.unsupported(f"codes of type {dtype}")
-    axis, block = op.int("axis", 1) % max(1, x.rank), op.int("block_size")
+    axis, block = op.whole("axis", 1) % max(1, x.rank), op.whole("block_size")
     low, high = (immediate(limit, x.dtype) for limit in LIMITS[dtype])
     ends = [_along(value, x, axis, block, scope) for value in (scale, zero) if value is not None]
 
@@ -54,7 +54,7 @@ def _dequantize(scope: Scope, op: Operation) -> Value:
     codes, scale = op.value(0), op.value(1)
     zero = op.value(2) if op.has(2) else None
     held = scope.tensor(codes)
-    axis, block = op.int("axis", 1) % max(1, held.rank), op.int("block_size")
+    axis, block = op.whole("axis", 1) % max(1, held.rank), op.whole("block_size")
     ends = [_along(value, held, axis, block, scope) for value in (scale, zero) if value is not None]
     dtype = scale.dtype
 
@@ -105,7 +105,7 @@ def _dynamic(scope: Scope, op: Operation) -> Sequence[Value]:
 
 def _per_token(scope: Scope, op: Operation) -> Value:
     """FakeQuantizePerToken: codes, and what makes floats of them again."""
-    levels = op.float("levels")
+    levels = op.real("levels")
     symmetric = op.kind.endswith("Symmetric")
 
     def build(inner: Scope, inputs: list[Tensor]) -> list[Tensor]:

@@ -38,7 +38,7 @@ def _reduce(scope: Scope, op: Operation) -> Value:
     x = scope.tensor(given)
     axes = op.axes(x.rank)
     if axes is None or not axes:
-        if op.int("noop_with_empty_axes"):
+        if op.whole("noop_with_empty_axes"):
             return x
         axes = list(range(x.rank))
     if op.kind == "ReduceSumSquare":
@@ -48,7 +48,7 @@ def _reduce(scope: Scope, op: Operation) -> Value:
     found = scope.reduce(_KINDS[op.kind], x, sorted(axes))
     if op.kind == "ReduceMean":
         found = _mean(scope, found, x, axes)
-    if op.int("keepdims", 1):
+    if op.whole("keepdims", 1):
         return found
     return scope.reshape(found, [side for axis, side in enumerate(x.shape) if axis not in axes])
 
@@ -57,7 +57,7 @@ def _known(op: Operation, given: Known) -> Known:
     axes = op.axes(given.array.ndim)
     apply = {"ReduceMax": np.max, "ReduceMin": np.min, "ReduceSum": np.sum}[op.kind]
     where = None if not axes else tuple(axes)
-    return Known(np.asarray(apply(given.array, axis=where, keepdims=bool(op.int("keepdims", 1)))), given.dtype)
+    return Known(np.asarray(apply(given.array, axis=where, keepdims=bool(op.whole("keepdims", 1)))), given.dtype)
 
 
 def _mean(scope: Scope, total: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -82,11 +82,11 @@ def softmax(scope: Scope, x: Tensor, axis: int) -> Tensor:
 
 def _softmax(scope: Scope, op: Operation) -> Value:
     x = scope.tensor(op.value(0))
-    return softmax(scope, x, op.int("axis", -1) % x.rank)
+    return softmax(scope, x, op.whole("axis", -1) % x.rank)
 
 
 def _layer_norm(scope: Scope, op: Operation) -> Value:
-    x, axis, epsilon = scope.tensor(op.value(0)), op.int("axis", -1), op.float("epsilon", 1e-5)
+    x, axis, epsilon = scope.tensor(op.value(0)), op.whole("axis", -1), op.real("epsilon", 1e-5)
     axes = list(range(axis % x.rank, x.rank))
     bias = [scope.tensor(op.value(2))] if op.has(2) else []
 
@@ -110,8 +110,8 @@ def _layer_norm(scope: Scope, op: Operation) -> Value:
 
 
 def _rms_norm(scope: Scope, op: Operation) -> Value:
-    x, epsilon = scope.tensor(op.value(0)), op.float("epsilon", 1e-5)
-    axes = list(range(op.int("axis", -1) % x.rank, x.rank))
+    x, epsilon = scope.tensor(op.value(0)), op.real("epsilon", 1e-5)
+    axes = list(range(op.whole("axis", -1) % x.rank, x.rank))
 
     def build(inner: Scope, inputs: list[Tensor]) -> list[Tensor]:
         source, gain = inputs
@@ -131,7 +131,7 @@ def _running_sum(scope: Scope, op: Operation) -> Value:
     """CumSum, each sum anew: it is short (positions), and runs in parallel everywhere."""
     x = scope.force(op.value(0))
     axis = int(op.dims(1)[0]) % x.rank
-    exclusive, reverse = bool(op.int("exclusive")), bool(op.int("reverse"))
+    exclusive, reverse = bool(op.whole("exclusive")), bool(op.whole("reverse"))
 
     def element(read: Callable[[int, Any], Any], index: Any, k: Any) -> Any:
         at = index[axis]

@@ -38,7 +38,7 @@ def dims_known(dims: Sequence[Dim], dtype: str = "int64") -> Known:
 def _shape(scope: Scope, op: Operation) -> Value:
     shape = list(op.value(0).shape)
     end = op.attributes.get("end")
-    return dims_known(shape[op.int("start") : None if end is None else int(end)])
+    return dims_known(shape[op.whole("start") : None if end is None else int(end)])
 
 
 def _size(scope: Scope, op: Operation) -> Value:
@@ -48,7 +48,7 @@ def _size(scope: Scope, op: Operation) -> Value:
 
 def _target(op: Operation, shape: Sequence[Dim], wanted: Sequence[Dim]) -> list[Dim]:
     """``wanted`` with 0 and -1 filled in."""
-    keep = not op.int("allowzero")
+    keep = not op.whole("allowzero")
     found = [shape[i] if keep and isinstance(d, int) and d == 0 else d for i, d in enumerate(wanted)]
     if -1 not in [d for d in found if isinstance(d, int)]:
         return [simplified(d) for d in found]
@@ -110,7 +110,7 @@ def _squeeze(scope: Scope, op: Operation) -> Value:
 
 def _flatten(scope: Scope, op: Operation) -> Value:
     x = scope.tensor(op.value(0))
-    axis = op.int("axis", 1) % (x.rank + 1)
+    axis = op.whole("axis", 1) % (x.rank + 1)
     return scope.reshape(x, [product(x.shape[:axis]), product(x.shape[axis:])])
 
 
