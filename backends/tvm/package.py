@@ -65,6 +65,8 @@ def _describe(
 
 
 def _port(value: ir.Value) -> dict[str, Any]:
-    assert value.dtype is not None and value.shape is not None
-    shape = [side if isinstance(side, int) else side.value or "?" for side in value.shape]
+    assert value.dtype is not None
+    shape = None
+    if value.shape is not None:
+        shape = [side if isinstance(side, int) else side.value or "?" for side in value.shape]
     return {"name": value.name, "dtype": DTYPES[value.dtype], "shape": shape}

@@ -8,13 +8,14 @@ import tvm
 from tvm import relax, tirx
 from tvm.target import Target
 
-from qcompile.backends.tvm.schedule import schedule
+from qcompile.backends.tvm.schedule import SLOW, schedule
 
 
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The executable for ``target``."""
     module = schedule(module)
-    return tvm.compile(module, target=target, relax_pipeline=_relax(target))
+    with tvm.transform.PassContext(disabled_pass=[SLOW]):  # `schedule` has run it on the kernels that need it
+        return tvm.compile(module, target=target, relax_pipeline=_relax(target))
 
 
 def _ordered() -> Any:

@@ -27,11 +27,11 @@ _ONNX = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """An input or output; dynamic dims are names."""
+    """An input or output; dynamic dims are names. An output that the model gives no shape has None."""
 
     name: str
     dtype: str
-    shape: list[int | str]
+    shape: list[int | str] | None
 
     @property
     def type(self) -> str:
@@ -121,12 +121,13 @@ class Session:
         if isinstance(value, Held):
             return value.tensor
         array = value if isinstance(value, np.ndarray) else value.numpy()
-        sides = zip(port.shape, array.shape, strict=False)
-        if array.dtype.name != port.dtype or array.ndim != len(port.shape) or any(
-            isinstance(side, int) and side != real for side, real in sides
-        ):
+        shape = port.shape or []
+        fits = array.ndim == len(shape) and all(
+            side == real for side, real in zip(shape, array.shape, strict=True) if isinstance(side, int)
+        )
+        if array.dtype.name != port.dtype or not fits:
             what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
-            raise UserError(what, hint=f"it must be {port.dtype} {tuple(port.shape)}")
+            raise UserError(what, hint=f"it must be {port.dtype} {tuple(shape)}")
         return self._tensor(array)
 
     def _tensor(self, array: np.ndarray) -> Any:

@@ -15,6 +15,7 @@ from tvm.s_tir import Schedule
 from qcompile.backends.tvm.tiles import PRODUCT
 
 SCHEDULED = "tirx.is_scheduled"
+SLOW = "s_tir.CompactBufferAllocation"  # minutes on long integer kernels, which hold no buffers to shrink
 SPATIAL = 0  # the type of a block variable that is no reduction
 RUNS = (64, 32, 16)
 
@@ -31,13 +32,28 @@ def schedule(module: tvm.IRModule) -> tvm.IRModule:
 
 def _scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:
     sch = Schedule(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}))
+    tiled = False
     root = sch.get_sblock("root", "main")
     for block in sch.get_child_blocks(root):
         if sch.get(block).name_hint == PRODUCT:
             _tile(sch, block)
+            tiled = True
         else:
             _spread(sch, block)
-    return sch.mod["main"].without_attr("global_symbol").with_attr(SCHEDULED, True)
+    done = _compact(sch.mod) if tiled else sch.mod
+    return done["main"].without_attr("global_symbol").with_attr(SCHEDULED, True)
+
+
+def _compact(module: tvm.IRModule) -> tvm.IRModule:
+    """Shrink the registers' buffers to a tile."""
+    passes = tvm.s_tir.transform
+    steps = [
+        passes.LowerInitBlock(),
+        passes.PlanAndUpdateBufferAllocationLocation(),
+        passes.ConvertBlocksToOpaque(),
+        passes.CompactBufferAllocation(),
+    ]
+    return tvm.transform.Sequential(steps)(module)
 
 
 def _tile(sch: Schedule, block: Any) -> None:
