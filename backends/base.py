@@ -139,5 +139,6 @@ def _elsewhere(folder: Path) -> UserError:
     device = manifest.load(folder).get("device") if (folder / manifest.FILE).is_file() else None
     if device is None or "triple" not in device:
         return UserError(f"'{folder}' holds no program", hint="give the folder of -o DIR")
-    what = f"'{folder}' is a package for {device['triple']}, and this machine is {platform.machine()} {platform.system()}"
+    here = f"{platform.machine()} {platform.system()}"
+    what = f"'{folder}' is a package for {device['triple']}, and this machine is {here}"
     return UserError(what, hint="run it on the device (its README.md says how), or compile with --target cpu as well")

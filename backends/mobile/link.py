@@ -67,7 +67,7 @@ IOS = {
     "simulator": System("arm64-apple-ios15.0-simulator", "aarch64", platform=("ios-simulator", "15.0", "17.0")),
 }
 LINUX = {
-    arch: System(f"{arch}-linux-gnu", arch, "libm.so.6", "libc.so.6")  # type: ignore[arg-type]
+    arch: System(f"{arch}-linux-gnu", arch, "libm.so.6", "libc.so.6")
     for arch in ("aarch64", "x86_64")
 }
 _EMULATIONS = {"aarch64": "aarch64linux", "x86_64": "elf_x86_64"}

@@ -164,7 +164,8 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
         words += _listed((OPERATIONS.index(operation), operand) for operation, operand in code)
     words.append(len(plan.slots))
     for slot in plan.slots:
-        words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), slot.addend if slot.place == "derived" else slot.first, slot.last]
+        first = slot.addend if slot.place == "derived" else slot.first
+        words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), first, slot.last]
         words += _listed((dim,) for dim in slot.dims)
     for ports in (plan.inputs, plan.outputs):
         words += _listed((*_text(name), slot) for name, slot in ports)

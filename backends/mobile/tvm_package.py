@@ -38,11 +38,10 @@ _SAMPLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What is known of a package only while it is made. ``weights``: bytes of the constants, packed to their bits."""
+    """What is known of a package only while it is made."""
 
     program: Program
     kernels: list[Kernel]
-    weights: int
 
 
 _BUILT: dict[Path, Built] = {}  # by the folder of the package, until its facts are told
@@ -93,22 +92,19 @@ class TvmPackage:
         if self.system.platform:
             apple.write_framework(folder, self.system)
         self._write_samples(model, folder)
-        held = (value.const_value for value in model.graph.initializers.values())
-        weights = sum(tensor.nbytes for tensor in held if tensor is not None)
-        _BUILT[folder] = Built(Host(plan, module), found.products, weights)
+        _BUILT[folder] = Built(Host(plan, module), found.products)
 
     def open(self, folder: Path) -> Program:
         """The program of ``package``, its kernels compiled for this machine."""
         return _BUILT[folder].program
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        built = _BUILT.pop(folder)
+        del _BUILT[folder]
         ship = [PLAN, PARAMETERS, self.system.library]
         here = host.machine()
         return {
             "ship": ship,
             "bytes": sum((folder / name).stat().st_size for name in ship),
-            "weights": built.weights,
             "run": [f"the same plan and kernels, compiled for {here}: the figures of this report are theirs"],
             "not_run": [_checked(headers.read(folder / self.system.library), self.system), _UNBUILT[self.platform]],
             "triple": self.system.triple,
