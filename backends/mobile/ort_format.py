@@ -108,9 +108,9 @@ def read_verdicts(lines: Iterable[str]) -> dict[str, Verdict]:
     for line in lines:
         if match := _PARTS.search(line):
             known = found.setdefault(match[3], Verdict(as_is="", fixed_shapes="", nodes="", partitions=0))
-            known.update(nodes=match[2], partitions=int(match[1]))
+            known |= {"nodes": match[2], "partitions": int(match[1])}
         elif match := _AS_IS.search(line):
-            found[match[1]].update(as_is=match[2], fixed_shapes=match[2])
+            found[match[1]] |= {"as_is": match[2], "fixed_shapes": match[2]}
         elif match := _FIXED.search(line):
             found[match[1]]["fixed_shapes"] = match[2]
     return found

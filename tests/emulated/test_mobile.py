@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.integer.programs import compiled, exposed, texts
 
 pytestmark = pytest.mark.slow
 DIGESTS = Path(aarch64.__file__).with_name("digests.py")
-OPTIONS = dict(max_samples=8, max_length=24)  # those of ``compiled``: the same ranges
+OPTIONS: dict[str, Any] = {"max_samples": 8, "max_length": 24}  # those of ``compiled``: the same ranges
 
 
 @pytest.mark.parametrize("name", ("bert", "llama"))

@@ -44,7 +44,8 @@ def test_the_folder_holds_the_program_what_it_needs_and_a_sample(platform: str) 
 @pytest.mark.parametrize("platform", ("android", "ios"))
 def test_the_checksums_are_those_of_the_files(platform: str) -> None:
     folder = compiled(platform).folder
-    listed = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     unlisted = {"SHA256SUMS", "manifest.json", "report.html"}
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - unlisted
     assert listed == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}

@@ -45,7 +45,8 @@ def test_the_folder_holds_the_program_its_loader_and_a_sample(platform: str) -> 
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     shipped = ["program.plan", "program.parameters", LIBRARIES[platform]]
     assert found >= {*shipped, "native/qcompile_program.c", "native/main.c", "README.md", *SAMPLES[platform]}
-    listed = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in found - {"SHA256SUMS", "manifest.json", "report.html"}:
         data = (folder / name).read_bytes()
         assert listed[name] == hashlib.sha256(data).hexdigest()
