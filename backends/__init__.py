@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
     "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
+    "android": "qcompile.backends.mobile.targets:Android",
+    "ios": "qcompile.backends.mobile.targets:Ios",
 }
 
 
@@ -37,5 +39,7 @@ def missing(name: str) -> str:
     """What this machine lacks to run programs of target ``name``, and how to get it; empty where nothing. No import."""
     from importlib.util import find_spec
 
+    if ".mobile." in TARGETS[name]:
+        return "a phone: see README.md in its folder"
     module, extra = ("tvm", "tvm") if ".tvm." in TARGETS[name] else ("onnxruntime", "cpu")
     return "" if find_spec(module) else f"{module} is not installed: pip install 'qcompile-nn[{extra}]'"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypedDict
 
 import onnx_ir as ir
 
+from qcompile import manifest
+from qcompile.errors import UserError
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Arrays, Context, Pass, Target
 
@@ -48,6 +51,22 @@ class Backend(Protocol):
         """Write the program into the empty ``folder``; ``model.onnx`` and its data for ONNX Runtime."""
 
 
+def spelled(backend: Any) -> str:
+    """The target as the command line writes it: its name, and in braces the options that differ from the default."""
+    chosen = [f"{f.name}={v}" for f in dataclasses.fields(backend) if (v := getattr(backend, f.name)) != f.default]
+    return f"{backend.name}{{{' '.join(chosen)}}}" if chosen else str(backend.name)
+
+
+def device_facts(backend: Backend, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any] | None:
+    """What a backend for another machine knows of its package: None where the program runs on this one.
+
+    Keys: ``ship``, the files that go to the device, and ``bytes``, their size; ``run`` and ``not_run``, sentences that
+    say what was executed and where, and what was only compiled, linked or written.
+    """
+    told = getattr(backend, "facts", None)
+    return None if told is None else dict(told(folder, feeds))
+
+
 @dataclasses.dataclass(frozen=True)
 class Lower(Pass):
     """The lowering of a backend as a step of the pipeline."""
@@ -77,6 +96,8 @@ def open_session(folder: Path, *, threads: int | None = None, library: Path | No
 
         return Session(folder, threads)
     path = folder / "model.onnx"
+    if not path.is_file():
+        raise _elsewhere(folder)
     return runner.open_session(path, threads=threads, library=library if library is not None else library_beside(path))
 
 
@@ -111,3 +132,13 @@ def open_program(folder: Path, *, library: Path | None = None) -> Program:
         return dict(zip(names, run_session(session, names, fed(session, feeds)), strict=True))
 
     return run
+
+
+def _elsewhere(folder: Path) -> UserError:
+    """``folder`` holds no program for this machine."""
+    device = manifest.load(folder).get("device") if (folder / manifest.FILE).is_file() else None
+    if device is None or "triple" not in device:
+        return UserError(f"'{folder}' holds no program", hint="give the folder of -o DIR")
+    here = f"{platform.machine()} {platform.system()}"
+    what = f"'{folder}' is a package for {device['triple']}, and this machine is {here}"
+    return UserError(what, hint="run it on the device (its README.md says how), or compile with --target cpu as well")

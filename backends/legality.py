@@ -65,14 +65,19 @@ _CPU = (
     Legal("embedding", GROUP, ALL, (FLOAT,), (), "rows of bytes, dequantised where they are read"),
     Legal("cache", (FLOAT,), (), ("per_token",), (8, 4), "codes, scales and zero points as inputs and outputs"),
 )
-TABLE: dict[str, tuple[Legal, ...]] = {"cpu": _CPU, "llvm": _TVM}
+TABLE: dict[str, tuple[Legal, ...]] = {"cpu": _CPU, "llvm": _TVM, "android": _TVM, "ios": _TVM}
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place
-INTEGER_ONLY = ("cpu", "llvm")  # targets that run what int_only writes, with the same bits
+INTEGER_ONLY = ("cpu", "llvm", "android", "ios")  # targets that run what int_only writes, with the same bits
+
+
+def _plain(target: str) -> str:
+    """The row of TABLE for ``target``: without options, but for the one that takes another runtime."""
+    return "cpu" if "runtime=onnxruntime" in target else target.partition("{")[0]
 
 
 def refused(rule: Rule, target: str) -> bool:
     """Whether ``target`` cannot run ``rule`` in low bits; a target without rows takes what it is given."""
-    plain = target.partition("{")[0]
+    plain = _plain(target)
     rows = None if plain in LENIENT else TABLE.get(plain)
     quantises = rule.weights is not None or rule.activations is not None
     return rows is not None and quantises and not any(row.takes(rule) for row in rows)
@@ -80,7 +85,7 @@ def refused(rule: Rule, target: str) -> bool:
 
 def nearest(rule: Rule, target: str) -> Rule | None:
     """The rule closest to ``rule`` that ``target`` runs; None where it runs none and the rule must go."""
-    rows = [row for row in TABLE[target.partition("{")[0]] if row.op == rule.op]
+    rows = [row for row in TABLE[_plain(target)] if row.op == rule.op]
     changed = [(_distance(rule, found), place, found) for place, row in enumerate(rows) for found in _fitted(rule, row)]
     return min(changed, key=lambda entry: entry[:2])[2] if changed else None
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompile.backends.base import Kernel
+from qcompile.backends.base import Kernel, spelled
 from qcompile.backends.ort import (
     attention,
     cache,
@@ -56,9 +56,8 @@ class OnnxRuntimeCpu:
 
     @property
     def target(self) -> Target:
-        chosen = [f"{f.name}={v}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
         return Target(
-            name=self.name + (f"{{{' '.join(chosen)}}}" if chosen else ""),
+            name=spelled(self),
             backend="onnxruntime",
             description="ONNX Runtime, CPU (x86-64 and arm64)",
             kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits"),

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
 from qcompile.backends import legality
-from qcompile.backends.base import Backend, Lower, open_program
+from qcompile.backends.base import Backend, Lower, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
@@ -318,12 +318,15 @@ def _compiled(
     with step("inspecting the kernels"):
         kernels = backend.kernels_of(folder / "model.onnx")
     with step("checking the program"):
-        proof = _end_to_end(folder, verify, ctx)
+        proof = _end_to_end(folder, backend, verify, ctx)
+        device = device_facts(backend, folder, (sample.feeds for sample in verify.samples))
     files = manifest.describe_files(folder, manifest.files_below(folder))
     sizes = {"before": taken.bytes, "after": sum(f["bytes"] for f in files.values())}
     record = _record(pipeline, ctx, backend) | inputs
     record["interface"] = interface(taken.model)  # a quantised cache has inputs and outputs of its own
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
+    if device is not None:
+        record["device"] = device
     _check_gate(record["gate"])
     if record["gate"] is None and ctx.max_drop is not None:
         warn("the allowed drop was not checked, because nothing was quantised")
@@ -378,10 +381,11 @@ def _fact(entries: list[dict[str, Any]], key: str, default: Any) -> Any:
     return found
 
 
-def _end_to_end(folder: Path, verify: Verify, ctx: Context) -> Proof:
+def _end_to_end(folder: Path, backend: Backend, verify: Verify, ctx: Context) -> Proof:
     """The packaged program, as a user would run it, against the model as it was captured."""
     library = folder / LIBRARY
-    program = open_program(folder, library=library if library.is_file() else None)
+    opened = getattr(backend, "open", None)  # of a program for another machine
+    program = opened(folder) if opened else open_program(folder, library=library if library.is_file() else None)
     results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
     return verify.compare(verify.original, results, None)
 

@@ -47,6 +47,7 @@ def render(record: Record, entries: Sequence[Record]) -> str:
         _ranges(_gather(entries, "channel_ranges")),
         _searches(_gather(entries, "search")),
         _kernels(record["kernels"]),
+        _device(record.get("device")),
         _skips(entries),
         _inputs(record),
     )
@@ -249,6 +250,24 @@ def _kernels(kernels: Sequence[Record]) -> Raw:
         table(("kernel", "matmuls"), list(counts.items())),
         *missed,
         details(f"all {len(kernels)} matmuls", table(("matmul", "kernel", "low bit", "why not"), every)),
+    )
+
+
+def _device(device: Record | None) -> Raw:
+    """What was run of a package for another machine, and what was not."""
+    if device is None:
+        return Raw("")
+    rows = [("run", what) for what in device["run"]] + [("not run", what) for what in device["not_run"]]
+    verdicts = [(name, v["as_is"], v["fixed_shapes"], v["nodes"], v["partitions"])
+                for name, v in device.get("usability", {}).items()]  # fmt: skip
+    heads = ("accelerator", "as it is", "with fixed shapes", "nodes it takes", "in parts")
+    title = Raw("<h3>What ONNX Runtime says of the phone's accelerators</h3>")
+    told = [title, table(heads, verdicts)] if verdicts else []
+    return section(
+        "On the device",
+        paragraph(f"{', '.join(device['ship'])} go to the device: {megabytes(device['bytes'])}."),
+        table(("label", "what"), rows),
+        *told,
     )
 
 

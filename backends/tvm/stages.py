@@ -16,7 +16,10 @@ COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": t
 
 def opaque(value: Any, dtype: str) -> Any:
     """``value``, its bounds hidden: TVM analyses a Let again in each context and stumbles over bounds that differ."""
-    return tirx.call_intrin(dtype, "tirx.reinterpret", value) if dtype in ("int32", "int64") else value
+    if dtype not in ("int32", "int64"):
+        return value
+    wide = tirx.Cast("int64", value)  # what stands in an index becomes int64 later, and no bits may be cut then
+    return tirx.Cast(dtype, tirx.call_intrin("int64", "tirx.reinterpret", wide))
 
 
 def wide(dims: Sequence[Dim]) -> tuple[Any, ...]:

@@ -45,10 +45,8 @@ class Missing(Exception):
 def run(script: Path, *arguments: str, timeout: float = 500) -> str:
     """What ``script`` prints on the emulated machine. Raises Missing where there is none."""
     root = machine()
-    found = [path for name in EMULATORS if (path := shutil.which(name))]
-    emulator = found[0] if found else str(_emulator())
     python = root / "root/usr/bin" / PYTHON
-    command = [emulator, "-cpu", CPU, "-L", str(root / "root"), str(python), "-S", str(script), *arguments]
+    command = [emulator(), "-cpu", CPU, "-L", str(root / "root"), str(python), "-S", str(script), *arguments]
     variables = {"PYTHONPATH": str(root / "site"), "PYTHONHOME": str(root / "root/usr"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
@@ -64,7 +62,7 @@ def machine() -> Path:
 
 
 def _make(folder: Path, versions: Sequence[str]) -> None:
-    _unpack("arm64", PACKAGES, folder / "root")
+    unpack("arm64", PACKAGES, folder / "root")
     processors = folder / "root/proc/cpuinfo"
     processors.parent.mkdir()
     processors.write_text("".join(_CPUINFO.format(number=number) for number in range(2)))
@@ -79,10 +77,16 @@ def _make(folder: Path, versions: Sequence[str]) -> None:
     shutil.rmtree(wheels)
 
 
-def _emulator() -> Path:
+def emulator() -> str:
+    """The path of qemu for aarch64. Raises Missing where there is none."""
+    found = [path for name in EMULATORS if (path := shutil.which(name))]
+    return found[0] if found else str(_unpacked_emulator())
+
+
+def _unpacked_emulator() -> Path:
     def make(folder: Path) -> None:
         architecture = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-        _unpack(architecture, ["qemu-user-static"], folder, download=True)
+        unpack(architecture, ["qemu-user-static"], folder, download=True)
         keep = (folder / "usr/bin" / EMULATORS[1]).rename(folder / EMULATORS[1])
         shutil.rmtree(folder / "usr")
         keep.chmod(0o755)
@@ -90,7 +94,7 @@ def _emulator() -> Path:
     return cached_folder(cache_root() / "qemu-aarch64", make) / EMULATORS[1]
 
 
-def _unpack(architecture: str, packages: Sequence[str], folder: Path, *, download: bool = False) -> None:
+def unpack(architecture: str, packages: Sequence[str], folder: Path, *, download: bool = False) -> None:
     """Debian's ``packages`` and what they need, or with ``download`` they alone, unpacked into ``folder``."""
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:

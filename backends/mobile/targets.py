@@ -1,0 +1,89 @@
+"""The targets ``android`` and ``ios``: folders that an app builds against."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import onnx_ir as ir
+
+from qcompile.backends.base import Kernel, Program, spelled
+from qcompile.backends.mobile.ort_package import OrtPackage
+from qcompile.backends.mobile.tvm_package import TvmPackage
+from qcompile.backends.ort.weight_only import Level
+from qcompile.pipeline import Arrays, Context, Target
+
+
+class _Phone:
+    """What both have in common: everything is done by the route that the options choose."""
+
+    name: ClassVar[str]
+
+    @property
+    def route(self) -> OrtPackage | TvmPackage:
+        raise NotImplementedError
+
+    @property
+    def target(self) -> Target:
+        ort = isinstance(self.route, OrtPackage)
+        return Target(
+            name=spelled(self),
+            backend="onnxruntime" if ort else "tvm",
+            description=f"a folder for {self.name} apps: program, parameters, sample projects, checksums",
+            kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits") if ort else (),
+        )
+
+    def lower(self, model: ir.Model, ctx: Context) -> int:
+        return self.route.lower(model, ctx)
+
+    def kernels_of(self, model: Path) -> list[Kernel]:
+        return self.route.kernels_of(model)
+
+    def package(self, model: ir.Model, folder: Path) -> None:
+        self.route.package(model, folder)
+
+    def open(self, folder: Path) -> Program:
+        return self.route.open(folder)
+
+    def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
+        return self.route.facts(folder, feeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Android(_Phone):
+    """Options:
+
+    runtime: tvm makes a library that needs no runtime on the phone; onnxruntime an .ort file for ONNX Runtime
+    arch: of the phone, for runtime=tvm; x86_64 is the emulator's
+    accuracy_level: of weight-only linears, for runtime=onnxruntime: 1 multiplies floats, 4 rounds inputs to 8 bits
+    """
+
+    name: ClassVar[str] = "android"
+    runtime: Literal["tvm", "onnxruntime"] = "tvm"
+    arch: Literal["aarch64", "x86_64"] = "aarch64"
+    accuracy_level: Level = 1
+
+    @property
+    def route(self) -> OrtPackage | TvmPackage:
+        return OrtPackage(self.name, self.accuracy_level) if self.runtime != "tvm" else TvmPackage(self.name, self.arch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ios(_Phone):
+    """Options:
+
+    runtime: tvm makes a framework that needs no runtime on the phone; onnxruntime an .ort file for ONNX Runtime
+    arch: for runtime=tvm: of the phone, or of the simulator on a Mac
+    accuracy_level: of weight-only linears, for runtime=onnxruntime: 1 multiplies floats, 4 rounds inputs to 8 bits
+    """
+
+    name: ClassVar[str] = "ios"
+    runtime: Literal["tvm", "onnxruntime"] = "tvm"
+    arch: Literal["aarch64", "simulator"] = "aarch64"
+    accuracy_level: Level = 1
+
+    @property
+    def route(self) -> OrtPackage | TvmPackage:
+        return OrtPackage(self.name, self.accuracy_level) if self.runtime != "tvm" else TvmPackage(self.name, self.arch)
