@@ -13,7 +13,7 @@ from typing import Any
 from qcompile.backends.tvm.kernels import emit
 from qcompile.backends.tvm.kernels.emit import Buffer, Expr, T, int64, loop, when
 from qcompile.backends.tvm.kernels.features import PANEL
-from qcompile.backends.tvm.kernels.packing import TILE_DEPTH, integer_shape, padded_depth
+from qcompile.backends.tvm.kernels.packing import TILE_DEPTH, integer_shape
 
 ROWS = 16  # of a tile
 CHUNK = 128  # rows of x that stay in the cache
@@ -35,8 +35,7 @@ class TileProduct:
     def write(self, rows: Expr) -> None:
         ask_for_tiles()
         if self.k % TILE_DEPTH:
-            self.rest = emit.stack((CHUNK, TILE_DEPTH), str(self.x.dtype))
-            _clear(self.rest)
+            self.rest = emit.cleared_stack((CHUNK, TILE_DEPTH), str(self.x.dtype))
         with loop(T.floordiv(rows + (CHUNK - 1), int64(CHUNK))) as chunk:
             first = emit.bind(chunk * CHUNK)
             height = emit.bind(T.min(int64(CHUNK), rows - first))
@@ -95,7 +94,7 @@ class TileProduct:
                 emit.effect("llvm.x86.tilestored64", T.uint8(tile), _address(self.y, [row, column]), int64(4 * self.n))
             if self.n % (2 * PANEL):
                 with T.Else():
-                    held = emit.stack((ROWS, PANEL), "int32")
+                    held = emit.cleared_stack((ROWS, PANEL), "int32")
                     emit.effect(
                         "llvm.x86.tilestored64", T.uint8(tile), _address(held, [int64(0), int64(0)]), int64(4 * PANEL)
                     )
@@ -112,26 +111,18 @@ def ask_for_tiles() -> None:
 
 def configure(first: Expr, second: Expr) -> None:
     """Tiles of x and of sums with ``first`` and ``second`` rows, tiles of W with 16."""
-    place = emit.stack((64,), "uint8")
-    _clear(place)
-    emit.store(place, [0], T.uint8(1))
+    place = emit.cleared_stack((1, 64), "uint8")
+    emit.store(place, [0, 0], T.uint8(1))
     for tile in range(8):
-        emit.store(place, [16 + 2 * tile], T.uint8(64))
+        emit.store(place, [0, 16 + 2 * tile], T.uint8(64))
     heights = [first, first, second, second, first, second, int64(ROWS), int64(ROWS)]
     for tile, height in enumerate(heights):
-        emit.store(place, [48 + tile], T.Cast("uint8", height))
-    emit.effect("llvm.x86.ldtilecfg", _address(place, [0]))
+        emit.store(place, [0, 48 + tile], T.Cast("uint8", height))
+    emit.effect("llvm.x86.ldtilecfg", _address(place, [0, 0]))
 
 
 def load(tile: int, buffer: Buffer, indices: list[Expr], stride: int) -> None:
     emit.effect("llvm.x86.tileloadd64", T.uint8(tile), _address(buffer, indices), int64(stride))
-
-
-def _clear(buffer: Buffer) -> None:
-    lanes = 64
-    with loop(int(buffer.shape[0]) if len(buffer.shape) > 1 else 1) as row:
-        index = [row] if len(buffer.shape) > 1 else []
-        emit.store(buffer, [*index, emit.ramp(int64(0), lanes)], emit.splat(T.Cast(str(buffer.dtype), 0), lanes))
 
 
 def _address(buffer: Buffer, indices: list[Any]) -> Expr:
@@ -149,6 +140,3 @@ def matmul_integer_amx(k: int, n: int, x_dtype: str, symbol: str) -> Any:
         product.write(rows)
 
     return emit.primitive(symbol, body)
-
-
-__all__ = ["matmul_integer_amx", "padded_depth"]

@@ -86,6 +86,14 @@ def stack(shape: Sequence[int], dtype: str) -> Buffer:
     return T.alloc_buffer(tuple(shape), dtype, align=64, annotations=_ON_STACK)
 
 
+def cleared_stack(shape: tuple[int, int], dtype: str) -> Buffer:
+    """The same, all zeros. Memory that an intrinsic writes must be: TVM drops what no statement touches."""
+    made = stack(shape, dtype)
+    with loop(shape[0]) as row:
+        store(made, [row, ramp(int64(0), shape[1])], splat(T.Cast(dtype, 0), shape[1]))
+    return made
+
+
 def store(buffer: Buffer, indices: Sequence[Expr], value: Expr) -> None:
     T.buffer_store(buffer, value, list(indices))
 
@@ -161,6 +169,6 @@ def store_columns(
 
 
 __all__ = [
-    "Buffer", "Expr", "Register", "T", "bind", "dot", "effect", "int64", "loop", "primitive", "pure",
+    "Buffer", "Expr", "Register", "T", "bind", "cleared_stack", "dot", "effect", "int64", "loop", "primitive", "pure",
     "quad_at", "ramp", "slab_at", "splat", "stack", "store", "store_columns", "when", "zeros",
 ]  # fmt: skip
