@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tvm.target import Target
 
-Unit = Literal["amx", "vnni", "sdot", "plain", "cuda"]
+Unit = Literal["amx", "vnni", "sdot", "plain", "loops"]  # loops: no vectors, a GPU or C
 
 PANEL = 16  # columns of a panel of packed weights, on every processor
 _PROCESSORS_WITH = {
@@ -35,11 +35,8 @@ class Features:
 def features(target: Any) -> Features:
     """Of a ``tvm.target.Target``, or what makes one (a kind, a dictionary)."""
     target = target if isinstance(target, Target) else Target(target)
-    kind = target.kind.name
-    if kind in ("cuda", "nvptx"):
-        return Features("cuda", 1)
-    if kind != "llvm":
-        return Features("plain", PANEL)
+    if target.kind.name != "llvm":
+        return Features("loops", 1)
     attributes = {str(name).lstrip("+") for name in target.attrs.get("mattr", None) or ()}
     processor = str(target.attrs.get("mcpu", "") or "")
     if "amx-int8" in attributes or processor in _PROCESSORS_WITH["amx"]:

@@ -45,8 +45,8 @@ class RoundedProduct(PanelProduct):
         at = [panel, group, T.int64(column)]
         scale = emit.bind(self.scale.vload(at, f"float32x{self.lanes}"))
         for r, parts in enumerate(sums):
-            row_sum, row_step = self.rounded.sums[start + r, group], self.rounded.steps[start + r, group]
-            exact = T.Cast(f"float32x{self.lanes}", total_of(parts) - self._zero(at, row_sum))
+            row_step = self.rounded.steps[start + r, group]
+            exact = T.Cast(f"float32x{self.lanes}", total_of(parts) - self.correction(start, r, at))
             results[r].set(results[r].value + exact * (scale * emit.splat(row_step, self.lanes)))
 
     def _step(self, start: Expr, panel: Expr, step: Expr, column: int, sums: list[list[Register]]) -> None:
@@ -58,8 +58,9 @@ class RoundedProduct(PanelProduct):
                 total = parts[index % len(parts)]
                 total.set(emit.dot(self.features, total.value, held, emit.splat(x, self.lanes), self.lanes))
 
-    def _zero(self, at: list[Expr], row_sum: Expr) -> Expr:
-        """zero * sum x_code, for every column."""
+    def correction(self, start: Expr, row: int, at: list[Expr]) -> Expr:
+        """zero * sum x_code of a group, for every column; ``at``: (panel, group, column)."""
+        row_sum = self.rounded.sums[start + row, at[1]]
         less = 128 if self.signed else 0
         if self.middle is not None:
             return emit.splat(row_sum * T.int32(self.middle - less), self.lanes)
