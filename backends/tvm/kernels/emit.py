@@ -140,6 +140,7 @@ def dot(features: Features, total: Expr, unsigned: Expr, signed: Expr, lanes: in
     if features.unit == "sdot":
         left, right = (T.reinterpret("int8x16", side) for side in (unsigned, signed))
         return pure("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, left, right)
+    unsigned, signed = bind(unsigned), bind(signed)
     for place in range(4):
         total = total + _byte(unsigned, place, lanes) * _byte(signed, place, lanes)
     return total

@@ -12,12 +12,15 @@ import tvm
 from qcompile.errors import UserError
 
 LINKER_HINT = "install it (`apt install gcc-aarch64-linux-gnu` for ARM), or name another with linker="
+# They find nothing to do in kernels that are written out, and take nine tenths of the time.
+_SLOW = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
 
 
 def compiled(kernels: Iterable[Any], target: Any) -> Any:
     """The kernels, each under its symbol, as an executable of TVM."""
     module = tvm.IRModule({str(kernel.attrs["global_symbol"]): kernel for kernel in kernels})
-    return tvm.compile(module, target=target)
+    with tvm.transform.PassContext(opt_level=3, disabled_pass=_SLOW):
+        return tvm.compile(module, target=target)
 
 
 def write_library(kernels: Iterable[Any], target: Any, path: Path, *, linker: str | None = None) -> None:
