@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators",)  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels")  # that stand on a page of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:
@@ -38,6 +38,7 @@ def render(result: Mapping[str, Any]) -> str:
     """One result: its table, and what must be known to read it."""
     draw = {
         "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
+        "kernels": kernels,
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
@@ -191,6 +192,29 @@ def integer_operators(result: Mapping[str, Any]) -> str:
     base = result["rows"][0]
     how = f"{base['rounds']} rounds in turns, {result['threads']} thread, load average {base['load']:.1f}."
     return f"{table(head, lines)}\n\n{how}"
+
+
+def kernels(result: Mapping[str, Any]) -> str:
+    """One table a shape: every kernel against float32, its peer of ONNX Runtime and the processor's bound."""
+    parts = []
+    for row in result["rows"]:
+        head = (row["shape"], "min ms", "median ms", "median CPU ms", "times float32 (minima)",
+                "times float32 (medians)", "times its peer (minima)", "times its peer (medians)", "share of the bound")  # fmt: skip
+        by_name = {line["name"]: line for line in row["lines"]}
+        lines = [_kernel_line(line, row["lines"][0], by_name.get(line["peer"])) for line in row["lines"]]
+        how = f"{row['rounds']} rounds in turns, {result['threads']} thread, load average {row['load']:.1f}."
+        parts.append(f"{table(head, lines)}\n\n{how}")
+    return "\n\n".join(parts)
+
+
+def _kernel_line(line: Row, base: Row, peer: Row | None) -> Sequence[str]:
+    kinds = ("min_ms", "median_ms")
+    against = [f"{peer[kind] / line[kind]:.2f}" if peer else "" for kind in kinds]
+    share = "" if line["bound_ms"] is None else f"{line['bound_ms'] / line['min_ms']:.2f}"
+    return (
+        line["name"], *(f"{line[kind]:.3f}" for kind in (*kinds, "cpu_ms")),
+        *(f"{base[kind] / line[kind]:.2f}" for kind in kinds), *against, share,
+    )  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
