@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels --out benchmarks/results/kernels
 
-Each shape has float32 first. The bound of a kernel is the longer of two times: its bytes at the rate at which a loop that
-only sums reads as many bytes, and its operations at the rate of a loop that only multiplies registers.
+Each shape has float32 first. The bound of a kernel is the longer of two times: its bytes at the rate at which a loop
+that only sums reads as many bytes, and its operations at the rate of a loop that only multiplies registers.
 """
 
 from __future__ import annotations
@@ -124,11 +124,12 @@ def integer_cases(shape: Shape) -> list[Case]:
     x = drawn().integers(0, 256, (shape.m, shape.k)).astype(np.uint8)
     w = drawn().integers(-127, 128, (shape.k, shape.n)).astype(np.int8)
     peer = f"int8, MatMulInteger, {ORT}"
-    about = {"bytes_read": w.nbytes, "operations": shape.operations}
+    about: dict[str, Any] = {"bytes_read": w.nbytes, "operations": shape.operations}
     cases = [Case(peer, onnx_product("MatMulInteger", {"w": w}, x), **about)]
     floats = drawn().standard_normal((shape.m, shape.k)).astype(np.float32)
     dynamic = {"w": w, "scale": np.ones(shape.n, np.float32)}
-    cases.append(Case(f"int8, DynamicQuantizeMatMul, {ORT}", onnx_product("DynamicQuantizeMatMul", dynamic, floats), **about))
+    run = onnx_product("DynamicQuantizeMatMul", dynamic, floats)
+    cases.append(Case(f"int8, DynamicQuantizeMatMul, {ORT}", run, **about))
     host = kernels.host_target()
     targets = [host] + ([Target(VNNI)] if kernels.features(host).unit == "amx" else [])
     for target in targets:

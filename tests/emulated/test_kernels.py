@@ -17,7 +17,13 @@ import pytest
 tvm: Any = pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-nn[tvm]"')
 
 from qcompile.backends.tvm.kernels import (  # noqa: E402
-    features, matmul_integer, matmul_nbits, matmul_nbits_int8, matmul_w4a8, pack_integer, reference,
+    features,
+    matmul_integer,
+    matmul_nbits,
+    matmul_nbits_int8,
+    matmul_w4a8,
+    pack_integer,
+    reference,
 )  # fmt: skip
 from qcompile.backends.tvm.kernels.program import compiled  # noqa: E402
 from tests.backends.tvm.operands import drawn, integers, low_bit  # noqa: E402
@@ -41,7 +47,8 @@ def opened(kernel: Any, folder: Path) -> Callable[[Sequence[Array], tuple[int, i
     executable = compiled([kernel], TARGET)
     executable.mod.write_to_file(str(folder / "kernel.o"), "o")
     program, name = folder / "runner", f"-DKERNEL=__tvm_ffi_{kernel.attrs['global_symbol']}"
-    subprocess.run([COMPILER, "-O1", "-static", name, str(RUNNER), str(folder / "kernel.o"), "-o", str(program)], check=True)
+    files = [str(RUNNER), str(folder / "kernel.o")]
+    subprocess.run([COMPILER, "-O1", "-static", name, *files, "-o", str(program)], check=True)
 
     def run(operands: Sequence[Array], shape: tuple[int, int], dtype: str) -> Array:
         with (folder / "tensors").open("wb") as file:

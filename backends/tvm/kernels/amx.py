@@ -1,7 +1,7 @@
 """x (M, K) int8 or uint8 times W (K, N) int8, exact in int32, on the tiles of AMX.
 
-A tile has 16 rows of 64 bytes. Two tiles of x (32 rows) meet two panels of W (32 columns) in four tiles of sums; 128 rows
-of x stay in the cache while W passes once. Tiles of the last rows are configured with fewer rows, so that none is
+A tile has 16 rows of 64 bytes. Two tiles of x (32 rows) meet two panels of W (32 columns) in four tiles of sums; 128
+rows of x stay in the cache while W passes once. Tiles of the last rows are configured with fewer rows, so that none is
 read or written outside; the end of a row of x that does not fill 64 bytes is copied and filled with zeros first.
 Linux gives tiles to a process that asks: the kernel asks at every call (0.1 microseconds).
 """

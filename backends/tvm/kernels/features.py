@@ -14,7 +14,8 @@ Unit = Literal["amx", "vnni", "sdot", "plain", "loops"]  # loops: no vectors, a 
 PANEL = 16  # columns of a panel of packed weights, on every processor
 _PROCESSORS_WITH = {
     "amx": ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d", "diamondrapids"),
-    "vnni": ("cascadelake", "cooperlake", "icelake-client", "icelake-server", "rocketlake", "tigerlake", "znver4", "znver5"),
+    "vnni": ("cascadelake", "cooperlake", "icelake-client", "icelake-server", "rocketlake", "tigerlake", "znver4",
+             "znver5"),
 }  # fmt: skip
 _FLAGS = {"amx_int8": "+amx-int8", "avx512_vnni": "+avx512vnni", "asimddp": "+dotprod"}
 

@@ -36,9 +36,8 @@ class FloatProduct(PanelProduct):
 
     def group(self, start: Expr, panel: Expr, group: Expr, column: int, results: list[Register], rows: int) -> None:
         count = split(len(results), rows)
-        sums = [
-            [Register(f"float32x{self.lanes}", emit.zeros("float32", self.lanes)) for _ in range(count)] for _ in results
-        ]
+        kind = f"float32x{self.lanes}"
+        sums = [[Register(kind, emit.zeros("float32", self.lanes)) for _ in range(count)] for _ in results]
         at = [panel, group, T.int64(column)]
         zero = None if self.middle is not None else emit.bind(self._zero(at))
         whole, rest = divmod(rows, self.layout.rows)

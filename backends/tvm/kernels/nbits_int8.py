@@ -1,6 +1,6 @@
 """x (M, K) float32 times codes of 2, 3, 4 or 8 bits, x rounded to 8 bits in blocks: y (M, N) float32.
 
-    y[m, n] = sum over groups g of  step[m, g] * scale[g, n] * (sum over k in g of x_code * code - zero[g, n] * sum x_code)
+    y[m, n] = sum over groups g of  step[m, g] * scale[g, n] * (sum of x_code * code - zero[g, n] * sum of x_code)
 The inner sums are exact in int32. Blocks of x are the groups of W; with one scale a column, whole rows. A panel of W is
 unpacked in registers for up to 8 rows of x.
 """

@@ -77,13 +77,14 @@ class PanelProduct:
         kind = f"float32x{self.lanes}"
         results = [[Register(kind, emit.zeros("float32", self.lanes)) for _ in parts] for _ in range(height)]
         whole, rest = divmod(self.layout.depth, self.layout.group)
+        row = self.at(first, start)
         if whole:
             with loop(whole) as group:
                 for index, column in enumerate(parts):
-                    self.group(self.at(first, start), panel, group, column, [r[index] for r in results], self.layout.group)
+                    self.group(row, panel, group, column, [r[index] for r in results], self.layout.group)
         if rest:
             for index, column in enumerate(parts):
-                self.group(self.at(first, start), panel, int64(whole), column, [r[index] for r in results], rest)
+                self.group(row, panel, int64(whole), column, [r[index] for r in results], rest)
         for r in range(height):
             values = [one.value for one in results[r]]
             store_panel(self.y, first + start + r, panel * PANEL, self.layout.columns, values)

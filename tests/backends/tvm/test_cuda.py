@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-nn[tvm]"')
 
-from qcompile.backends.tvm.kernels import reference  # noqa: E402
-from qcompile.backends.tvm.kernels.cuda import build, layout  # noqa: E402
-from qcompile.errors import UserError  # noqa: E402
+from qcompile.backends.tvm.kernels import reference
+from qcompile.backends.tvm.kernels.cuda import build, layout
+from qcompile.errors import UserError
 
 MODEL = Path(__file__).with_name("gpu_model")
 INT8_ROWS, INT8_GEMM, W4_ROWS, W4_GEMM = range(4)
@@ -34,12 +34,15 @@ def compiler() -> str:
 @functools.cache
 def library(compiler: str, folder: Path, shape: build.Shape) -> ctypes.CDLL:
     path = folder / f"model_{shape.k}_{shape.n}_{shape.group}.so"
-    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{build.FOLDER}", f"-I{MODEL}"]
+    folders = [f"-I{build.FOLDER}", f"-I{MODEL}"]
+    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", *folders]
     subprocess.run([*command, *shape.macros(), "-o", str(path), str(MODEL / "host_main.cpp")], check=True)
     return ctypes.CDLL(str(path))
 
 
-def launch(model: ctypes.CDLL, kernel: int, grid: tuple[int, int], threads: int, arrays: Sequence[Array], m: int) -> None:
+def launch(
+    model: ctypes.CDLL, kernel: int, grid: tuple[int, int], threads: int, arrays: Sequence[Array], m: int
+) -> None:
     rows = ctypes.c_int(m)
     places = [array.ctypes.data for array in arrays] + [0] * (5 - len(arrays)) + [ctypes.addressof(rows)]
     model.launch(kernel, *grid, threads, (ctypes.c_void_p * 6)(*places))

@@ -55,10 +55,18 @@ def find_nvcc() -> str:
     return found
 
 
+def compiler_version() -> str:
+    """How nvcc names itself."""
+    told = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", told)
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
 def compile_source(name: str, shape: Shape, architecture: str, format_: Format) -> tuple[bytes, str]:
     """The compiled kernels of ``name``, and what ptxas said about them."""
     if name == "nbits" and (shape.group % 32 or shape.k % shape.group or shape.k % 128):
-        raise UserError(f"{shape.k} rows in groups of {shape.group} have no kernel", hint="take groups of 32, 64 or 128")
+        hint = "fill K up to a multiple of 128, and take groups of 32, 64 or 128"
+        raise UserError(f"{shape.k} rows in groups of {shape.group} have no kernel", hint=hint)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / f"kernels.{format_}"
         command = [find_nvcc(), "-O3", "-std=c++17", f"-arch={architecture}", f"-{format_}", "-Xptxas", "-v"]
@@ -89,11 +97,13 @@ def machine_code(cubin: bytes) -> dict[str, list[str]]:
         text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"\.section\s+\.text\.(\w+)", text)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return {name: re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", body, re.MULTILINE) for name, body in pairs}
+    line = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+    return {name: line.findall(body) for name, body in pairs}
 
 
 def ptx_instructions(ptx: str) -> dict[str, list[str]]:
     """The same of PTX."""
     parts = re.split(r"\.entry (\w+)\(", ptx)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return {name: re.findall(r"^\s*(?:@!?%\w+\s+)?\{?\s*([a-z][\w:.]*)", body, re.MULTILINE) for name, body in pairs}
+    line = re.compile(r"^\s*(?:@!?%\w+\s+)?\{?\s*([a-z][\w:.]*)", re.MULTILINE)
+    return {name: line.findall(body) for name, body in pairs}
