@@ -47,6 +47,7 @@ class TileProduct:
                 with loop(self.w.shape[0] // 2) as pair, loop(blocks) as block:
                     self._block(first, block * (2 * ROWS), 2, pair, int64(ROWS))
             self._last_rows(first, blocks * (2 * ROWS), height)
+        release()
 
     def _last_rows(self, first: Expr, start: Expr, height: Expr) -> None:
         left = emit.bind(height - start)
@@ -119,6 +120,11 @@ def configure(first: Expr, second: Expr) -> None:
     for tile, height in enumerate(heights):
         emit.store(place, [0, 48 + tile], T.Cast("uint8", height))
     emit.effect("llvm.x86.ldtilecfg", _address(place, [0, 0]))
+
+
+def release() -> None:
+    """Leave no configuration behind: ONNX Runtime keeps one that it finds, if its tiles are as wide as its own."""
+    emit.effect("llvm.x86.tilerelease")
 
 
 def load(tile: int, buffer: Buffer, indices: list[Expr], stride: int) -> None:

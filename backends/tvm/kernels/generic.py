@@ -16,7 +16,7 @@ def matmul_integer(k: int, n: int, x_dtype: str, symbol: str) -> Any:
     """x (M, K), packed W, y (M, N) int32."""
     shape = integer_shape(k, n)
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def product(x_handle: T.handle, w: T.Buffer(shape, "int8"), y_handle: T.handle) -> None:  # type: ignore[valid-type]
         T.func_attr({"tirx.noalias": True})
         m = T.int64()
@@ -38,7 +38,7 @@ def matmul_nbits(layout: CodeLayout, middle: int | None, symbol: str) -> Any:
     """x (M, K) float32, packed codes, scales[, zero points], y (M, N) float32; W is expanded where it is read."""
     k, n, group = layout.depth, layout.columns, layout.group
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def product(
         x_handle: T.handle,
         w: T.Buffer(layout.shape, "uint8"),  # type: ignore[valid-type]
@@ -64,7 +64,7 @@ def matmul_nbits(layout: CodeLayout, middle: int | None, symbol: str) -> Any:
                     * scale[column // 16, inner // group, column % 16]
                 )
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def symmetric(
         x_handle: T.handle,
         w: T.Buffer(layout.shape, "uint8"),  # type: ignore[valid-type]

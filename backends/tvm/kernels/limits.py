@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qcompile.backends.tvm.kernels import emit
-from qcompile.backends.tvm.kernels.amx import ask_for_tiles, configure
+from qcompile.backends.tvm.kernels.amx import ask_for_tiles, configure, release
 from qcompile.backends.tvm.kernels.emit import Buffer, Expr, Register, T, int64, loop
 from qcompile.backends.tvm.kernels.features import Features
 
@@ -69,5 +69,6 @@ def _tiles(symbol: str) -> Any:
         with loop(TURNS):
             for tile in range(4):
                 emit.effect("llvm.x86.tdpbusd", *(T.uint8(t) for t in (tile, 4 + tile // 2, 6 + tile % 2)))
+        release()
 
     return emit.primitive(symbol, body)

@@ -39,12 +39,13 @@ def matmul_w4a8(
     group: int,
 ) -> np.ndarray:  # fmt: skip
     """Codes x (M, K) with ``step`` and ``x_zero`` (M) times codes of W; float64 of exact integer sums."""
-    moved = x.astype(np.int32) - x_zero[:, None]
+    moved: np.ndarray = x.astype(np.int32) - x_zero[:, None]
     total = np.zeros((x.shape[0], codes.shape[1]))
     for index, start in enumerate(range(0, x.shape[1], group)):
         exact = moved[:, start : start + group] @ _differences(codes, zero, start, group, index)
         total += exact * scale[index].astype(np.float64)
-    return total * step[:, None]
+    scaled: np.ndarray = total * step[:, None]
+    return scaled
 
 
 def _differences(codes: np.ndarray, zero: np.ndarray, start: int, group: int, index: int) -> np.ndarray:

@@ -31,7 +31,8 @@ class LowBit:
     @property
     def rows(self) -> int:
         """Of a group."""
-        return self.codes.shape[0] if self.group is None else min(self.group, self.codes.shape[0])
+        depth = len(self.codes)
+        return depth if self.group is None else min(self.group, depth)
 
     def packed(self, *, sums: bool = False) -> tuple[Array, ...]:
         zero = None if self.symmetric else self.zero

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.backends.tvm.operands import drawn, integers, low_bit, opened, tvm
 
@@ -13,6 +15,7 @@ from qcompile.backends.tvm.kernels import (  # isort: skip
     features, host_target, matmul_integer, matmul_nbits, matmul_nbits_int8, matmul_w4a8, pack_integer,
 )  # fmt: skip
 from qcompile.backends.tvm.kernels import reference
+from qcompile.calibration.runner import open_session
 from qcompile.errors import UserError
 
 ROWS = (1, 3, 17)
@@ -107,7 +110,7 @@ def scale_panels(scale: np.ndarray, held: Any) -> np.ndarray:
     from qcompile.backends.tvm.kernels.api import layout_of
     from qcompile.backends.tvm.kernels.packing import pack_columns
 
-    return pack_columns(scale, layout_of(*held.codes.shape, held.bits, held.group), "float32")
+    return pack_columns(scale, layout_of(held.codes.shape[0], held.codes.shape[1], held.bits, held.group), "float32")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,28 @@ def scale_panels(scale: np.ndarray, held: Any) -> np.ndarray:
 def test_what_has_no_kernel_is_refused(call: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         call()
+
+
+def test_onnxruntime_computes_the_same_after_a_kernel_of_one_row() -> None:
+    """Both use the tiles of AMX: what the kernel configures for one row must not stay behind."""
+    k, n, rows = 128, 64, 20
+    target, weight, x = host_target(), integers("int8", k, n), integers("uint8", rows, k)
+    session = onnx_product(x, weight)
+    run = opened(matmul_integer(k, n, "uint8", target), target)
+    run((x[:1], pack_integer(weight)), (1, n), "int32")
+    assert (session() == reference.matmul_integer(x, weight)).all()
+
+
+def onnx_product(x: np.ndarray, weight: np.ndarray) -> Callable[[], np.ndarray]:
+    """MatMulInteger of ONNX Runtime."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, None)], [numpy_helper.from_array(weight, "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = open_session(model.SerializeToString(), threads=1)
+    return lambda: np.asarray(session.run(None, {"x": x})[0])
 
 
 def test_the_units_are_in_the_machine_code() -> None:
