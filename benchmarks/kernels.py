@@ -105,7 +105,7 @@ def low_bit_cases(shape: Shape, settings: Sequence[tuple[int, int]]) -> list[Cas
         if bits != 3:
             peer = f"{named}, x in 8 bits, {ORT}"
             blobs = drawn().integers(0, 256, (shape.n, shape.k // group, group * bits // 8)).astype(np.uint8)
-            inputs = {"w": blobs, "scale": np.ascontiguousarray(scale.T)}
+            inputs: dict[str, np.ndarray] = {"w": blobs, "scale": np.ascontiguousarray(scale.T)}
             about = {"K": shape.k, "N": shape.n, "bits": bits, "block_size": group, "accuracy_level": 4}
             run = onnx_product("MatMulNBits", inputs, x, **about)
             cases.append(Case(peer, run, bytes_read=blobs.nbytes + scale.nbytes, operations=shape.operations))
@@ -127,7 +127,7 @@ def integer_cases(shape: Shape) -> list[Case]:
     about: dict[str, Any] = {"bytes_read": w.nbytes, "operations": shape.operations}
     cases = [Case(peer, onnx_product("MatMulInteger", {"w": w}, x), **about)]
     floats = drawn().standard_normal((shape.m, shape.k)).astype(np.float32)
-    dynamic = {"w": w, "scale": np.ones(shape.n, np.float32)}
+    dynamic: dict[str, np.ndarray] = {"w": w, "scale": np.ones(shape.n, np.float32)}
     run = onnx_product("DynamicQuantizeMatMul", dynamic, floats)
     cases.append(Case(f"int8, DynamicQuantizeMatMul, {ORT}", run, **about))
     host = kernels.host_target()
