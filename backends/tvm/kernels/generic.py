@@ -36,7 +36,7 @@ def matmul_integer(k: int, n: int, x_dtype: str, symbol: str) -> Any:
 
 def matmul_nbits(layout: CodeLayout, middle: int | None, symbol: str) -> Any:
     """x (M, K) float32, packed codes, scales[, zero points], y (M, N) float32; W is expanded where it is read."""
-    k, n, group = layout.depth, layout.columns, layout.group
+    k, n, group, less = layout.depth, layout.columns, layout.group, middle or 0
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def product(
@@ -81,7 +81,7 @@ def matmul_nbits(layout: CodeLayout, middle: int | None, symbol: str) -> Any:
                 with T.init():
                     y[row, column] = T.float32(0)
                 y[row, column] = y[row, column] + x[row, inner] * (
-                    T.Cast("float32", code_at(w, layout, column, inner) - middle)
+                    T.Cast("float32", code_at(w, layout, column, inner) - less)
                     * scale[column // 16, inner // group, column % 16]
                 )
 
