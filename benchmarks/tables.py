@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators",)  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels")  # that stand on a page of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:
@@ -38,6 +38,8 @@ def render(result: Mapping[str, Any]) -> str:
     """One result: its table, and what must be known to read it."""
     draw = {
         "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
+        "kernels": kernels,
+        "cuda_kernels": cuda_kernels,
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
@@ -191,6 +193,45 @@ def integer_operators(result: Mapping[str, Any]) -> str:
     base = result["rows"][0]
     how = f"{base['rounds']} rounds in turns, {result['threads']} thread, load average {base['load']:.1f}."
     return f"{table(head, lines)}\n\n{how}"
+
+
+def kernels(result: Mapping[str, Any]) -> str:
+    """One table a shape: every kernel against float32, its peer of ONNX Runtime and the processor's bound."""
+    parts = []
+    for row in result["rows"]:
+        ratios = [f"times {other} ({kind})" for other in ("float32", "its peer") for kind in ("minima", "CPU")]
+        head = (row["shape"], "min ms", "median ms", "median CPU ms", *ratios, "share of the bound")
+        by_name = {line["name"]: line for line in row["lines"]}
+        lines = [_kernel_line(line, row["lines"][0], by_name.get(line["peer"])) for line in row["lines"]]
+        how = f"{row['rounds']} rounds in turns, {result['threads']} thread, load average {row['load']:.1f}."
+        parts.append(f"{table(head, lines)}\n\n{how}")
+    return "\n\n".join(parts)
+
+
+def _kernel_line(line: Row, base: Row, peer: Row | None) -> Sequence[str]:
+    kinds = ("min_ms", "cpu_ms")
+    against = [f"{peer[kind] / line[kind]:.2f}" if peer else "" for kind in kinds]
+    share = "" if line["bound_ms"] is None else f"{line['bound_ms'] / line['min_ms']:.2f}"
+    return (
+        line["name"], *(f"{line[kind]:.3f}" for kind in ("min_ms", "median_ms", "cpu_ms")),
+        *(f"{base[kind] / line[kind]:.2f}" for kind in kinds), *against, share,
+    )  # fmt: skip
+
+
+def cuda_kernels(result: Mapping[str, Any]) -> str:
+    """One row a kernel, shape and architecture."""
+    head = ("kernel", "shape", "architecture", "registers", "shared bytes", "spilled bytes", "instructions",
+            "of them", "bytes alone, us", "operations alone, us")  # fmt: skip
+    lines = []
+    for row in result["rows"]:
+        used = row["resources"]
+        counted = ", ".join(f"{count} {name}" for name, count in row["instructions"].items())
+        lines.append((
+            f"`{row['kernel']}`", row["shape"], f"{row['architecture']} ({row['gpu']})", str(used["registers"]),
+            number(used["shared"]), str(used["spilled"]), number(row["size"]), counted,
+            f"{row['memory_us']:.1f}", f"{row['unit_us']:.1f}",
+        ))  # fmt: skip
+    return f"{table(head, lines)}\n\nCompiled by {result['rows'][0]['compiler']}, not run."
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

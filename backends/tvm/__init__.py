@@ -1,1 +1,1 @@
-"""The compiler TVM: whole programs from the quantised IR, as one shared library and its parameters."""
+"""The compiler TVM: whole programs from the quantised IR, and low-bit kernels of the project's own."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PASSES_PAGE = ROOT / "docs" / "passes.md"
 INTEGER_PAGE = ROOT / "docs" / "integer.md"
+KERNEL_PAGE = ROOT / "docs" / "kernels.md"
 
 
 def passes() -> str:
@@ -94,6 +95,12 @@ PARTS: dict[str, Callable[[], str]] = {
 INTEGER_PARTS: dict[str, Callable[[], str]] = {"operators": lambda: committed("integer_operators")}
 
 
+KERNEL_PARTS: dict[str, Callable[[], str]] = {
+    "kernels": lambda: committed("kernels"),
+    "cuda": lambda: committed("cuda_kernels"),
+}
+
+
 def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
     """``text`` with every part in place. Raises ValueError where a part has no place in it."""
     for name, write in parts.items():
@@ -109,3 +116,4 @@ if __name__ == "__main__":
     README.write_text(filled(README.read_text(), PARTS))
     PASSES_PAGE.write_text(passes_page())
     INTEGER_PAGE.write_text(filled(INTEGER_PAGE.read_text(), INTEGER_PARTS))
+    KERNEL_PAGE.write_text(filled(KERNEL_PAGE.read_text(), KERNEL_PARTS))

@@ -9,6 +9,8 @@ from benchmarks.tables import table
 from tests.house.readme_sections import (
     INTEGER_PAGE,
     INTEGER_PARTS,
+    KERNEL_PAGE,
+    KERNEL_PARTS,
     PARTS,
     PASSES_PAGE,
     README,
@@ -31,6 +33,11 @@ def test_the_page_of_passes_is_up_to_date() -> None:
 def test_the_page_of_integers_is_up_to_date() -> None:
     text = INTEGER_PAGE.read_text()
     assert filled(text, INTEGER_PARTS) == text, "run: python -m tests.house.readme_sections"
+
+
+def test_the_page_of_kernels_is_up_to_date() -> None:
+    text = KERNEL_PAGE.read_text()
+    assert filled(text, KERNEL_PARTS) == text, "run: python -m tests.house.readme_sections"
 
 
 def test_a_stale_part_is_replaced_and_the_rest_is_kept() -> None:

@@ -1,0 +1,73 @@
+"""What a target multiplies integers with, read off TVM's description of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+from tvm.target import Target
+
+Unit = Literal["amx", "vnni", "sdot", "plain", "loops"]  # loops: no vectors, a GPU or C
+
+PANEL = 16  # columns of a panel of packed weights, on every processor
+_PROCESSORS_WITH = {
+    "amx": ("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d", "diamondrapids"),
+    "vnni": ("cascadelake", "cooperlake", "icelake-client", "icelake-server", "rocketlake", "tigerlake", "znver4",
+             "znver5"),
+}  # fmt: skip
+_FLAGS = {"amx_int8": "+amx-int8", "avx512_vnni": "+avx512vnni", "asimddp": "+dotprod"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """``unit``: what multiplies int8; ``lanes``: int32 in the register that it adds to."""
+
+    unit: Unit
+    lanes: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether a panel's columns fill one AVX-512 register."""
+        return self.unit in ("amx", "vnni")
+
+
+def features(target: Any) -> Features:
+    """Of a ``tvm.target.Target``, or what makes one (a kind, a dictionary)."""
+    target = target if isinstance(target, Target) else Target(target)
+    if target.kind.name != "llvm":
+        return Features("loops", 1)
+    attributes = {str(name).lstrip("+") for name in target.attrs.get("mattr", None) or ()}
+    processor = str(target.attrs.get("mcpu", "") or "")
+    if "amx-int8" in attributes or processor in _PROCESSORS_WITH["amx"]:
+        return Features("amx", PANEL)
+    if "avx512vnni" in attributes or processor in _PROCESSORS_WITH["vnni"]:
+        return Features("vnni", PANEL)
+    if "dotprod" in attributes:
+        return Features("sdot", 4)
+    return Features("plain", PANEL)
+
+
+def host_target() -> Target:
+    """This machine, with the integer units that its processor reports."""
+    flags = _processor_flags()
+    found = [attribute for flag, attribute in _FLAGS.items() if flag in flags]
+    if "+amx-int8" in found:
+        found += ["+amx-tile"]
+    if "+avx512vnni" in found:
+        found += ["+avx512f", "+avx512bw", "+avx512dq", "+avx512vl", "+avx2", "+fma"]
+    if platform.machine() in ("x86_64", "AMD64") and not found and {"avx2", "fma"} <= flags:
+        found = ["+avx2", "+fma"]
+    if "+dotprod" in found:
+        found += ["+neon"]
+    return Target({"kind": "llvm", "mattr": found} if found else "llvm")
+
+
+def _processor_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    lines = info.read_text().splitlines()
+    named = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(named.partition(":")[2].split())
