@@ -26,8 +26,8 @@ from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of, read_corpus
 if TYPE_CHECKING:
     import torch
 
-BITS, WARMUP, DECAY, CLIP_NORM = 4, 100, 0.1, 1.0
-WATCHED_ROWS = 4  # windows that the history looks at
+BITS, WARMUP, DECAY, CLIP_NORM = 4, 40, 0.1, 1.0
+WATCHED_ROWS = 8  # windows that the history looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="checkpoints and tokens; a run goes on")
     parser.add_argument("--out", type=Path, metavar="NAME", help="NAME.json and NAME.md")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--every", type=int, default=50, help="steps between turns, figures and checkpoints")
-    parser.add_argument("--rows", type=int, default=8, help="windows of 128 tokens in a batch")
+    parser.add_argument("--rows", type=int, default=4, help="windows of 128 tokens in a batch")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--kurtosis", type=float, default=1e-3)
     parser.add_argument("--layers", type=int, default=SmallLm.layers)

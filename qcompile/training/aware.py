@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcompile.capture.hf_folder import CLIPS
 from qcompile.errors import UserError, unknown_name
 from qcompile.training import checks
 from qcompile.training.clips import QUANTISERS, Quantiser
 from qcompile.training.kurtosis import STRIDE, Meter
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "qa_outputs")
-CONFIG_KEY = "qcompile_training"
 _METER, _NAME = "_qcompile_meter", "_qcompile_name"
 CLIP_RATE = 10.0  # the learning rate of clips over that of weights
 IGNORED = -100  # a label that is not predicted
@@ -110,7 +110,7 @@ def restore(model: nn.Module, settings: dict[str, Any], tensors: dict[str, torch
         quantization_aware(model, **{key: settings[key] for key in known})
     except (KeyError, TypeError) as error:
         hint = "save the model again with save_pretrained"
-        raise UserError(f"config.{CONFIG_KEY} is not what quantization_aware wrote: {error}", hint=hint) from error
+        raise UserError(f"config.{CLIPS} is not what quantization_aware wrote: {error}", hint=hint) from error
     wanted = {name for name in model.state_dict() if ".clip." in name}
     absent = sorted(wanted - set(tensors))
     if absent:
@@ -183,7 +183,7 @@ def _note(model: nn.Module, settings: dict[str, Any]) -> None:
     """Leave the settings in a Hugging Face config, so that a saved folder tells what its clips are."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        setattr(config, CONFIG_KEY, settings)
+        setattr(config, CLIPS, settings)
 
 
 # --------------------------------------------------------------------------- hooks: functions, so that copies work
