@@ -56,7 +56,7 @@ def quantization_aware(
     if find_meter(model) is not None:
         raise UserError("the model is quantization-aware already", hint="call quantization_aware once")
     chosen = _choose(model, sites)
-    meter = Meter(kurtosis, stride)
+    meter = Meter(kurtosis, stride, list(chosen))
     for name, linear in chosen.items():
         if bits is not None:
             clip = QUANTISERS[quantiser](bits).to(linear.weight.device)

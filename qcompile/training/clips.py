@@ -18,6 +18,7 @@ from qcompile.quant.numerics import SCALE_FLOOR
 Pair = tuple[torch.Tensor, torch.Tensor]
 START_QUANTILE = 1e-4  # of the first batch's values lies outside the first range, on either side
 START_VALUES = 1 << 16
+SLACK = 1e-5  # of a step; a value that close to an end is not cut
 
 
 class Quantiser(nn.Module):
@@ -156,8 +157,7 @@ class _Affine(torch.autograd.Function):
         ctx.save_for_backward(x, low, scale, zero)
         ctx.levels = levels
         codes = _steps(x, scale)
-        codes.round_().clamp_(-zero, levels - zero).mul_(scale)
-        return codes.to(x.dtype)
+        return codes.round_().clamp_(*_ends(zero, levels)).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -165,15 +165,18 @@ class _Affine(torch.autograd.Function):
 
         d/dhigh = (sum_in g r) / N + sum_above g (1 + e / N) + sum_below g e / N
         d/dlow  = -(sum_in g r) / N - sum_above g e / N + sum_below g (1 - e / N)
+        What is outside stands at one of the two ends, so two sums tell above from below.
         """
         x, low, scale, zero = ctx.saved_tensors
-        levels, grad = ctx.levels, grads[0].to(scale.dtype)
+        levels, grad = ctx.levels, grads[0].to(scale.dtype).contiguous()
         steps = _steps(x, scale)
-        kept = steps.clamp(-zero, levels - zero)
-        inside = grad * (kept == steps)
-        above = (grad * (steps > levels - zero)).sum()
-        below = grad.sum() - inside.sum() - above
-        rounding = torch.dot(inside.flatten(), kept.round_().sub_(steps).flatten())
+        kept = steps.clamp(*_ends(zero, levels))
+        inside = _inside(grad, steps, kept, _ends(zero, levels))
+        outside = grad - inside
+        cut, ends = outside.sum(), torch.dot(outside.view(-1), kept.view(-1))
+        rounding = torch.dot(inside.view(-1), kept.round_().sub_(steps).view(-1))
+        above = (ends + zero * cut) / levels
+        below = cut - above
         share = (-low / scale - zero) / levels
         d_high = rounding / levels + above * (1 + share) + below * share
         d_low = -rounding / levels - above * share + below * (1 - share)
@@ -182,7 +185,23 @@ class _Affine(torch.autograd.Function):
 
 def _steps(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x / s in the precision of the scale; always a new tensor."""
-    return x.to(scale.dtype) / scale
+    return (x.to(scale.dtype) / scale).contiguous()
+
+
+def _ends(zero: torch.Tensor, levels: int) -> tuple[Any, Any]:
+    """The ends of the range in steps: numbers on a CPU, where bounds that are tensors are slow; else no device waits."""
+    if zero.device.type == "cpu":
+        origin = zero.item()
+        return -origin, levels - origin
+    return -zero, levels - zero
+
+
+def _inside(grad: torch.Tensor, steps: torch.Tensor, kept: torch.Tensor, ends: tuple[Any, Any]) -> torch.Tensor:
+    """``grad`` where nothing was cut, else 0; a value on an end is not cut."""
+    if grad.device.type != "cpu":
+        return torch.where(kept == steps, grad, 0)
+    found: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, steps, ends[0] - SLACK, ends[1] + SLACK)
+    return found
 
 
 class Pact(Quantiser):
