@@ -5,8 +5,7 @@ input:    learned 4-bit clips at the inputs of the blocks' linears
 kurtosis: the regulariser at their outputs
 both:     both
 All start from the same weights and see the same batches. They take turns, ``--every`` steps each, so that they can
-be compared whenever the run is stopped; it goes on where it was. Nothing but --threads and --steps changes how long
-it takes.
+be compared whenever the run is stopped; it goes on where it was.
 """
 
 from __future__ import annotations
@@ -121,10 +120,16 @@ class Run:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def train_all(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:
+def load(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:
+    """The runs where their checkpoints left them."""
     runs = {name: Run(name, given, corpus) for name in given.variants}
     for run in runs.values():
         run.resume()
+    return runs
+
+
+def train_all(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:
+    runs = load(given, corpus)
     while (least := min(run.step for run in runs.values())) < given.steps:
         until = min(given.steps, (least // given.every + 1) * given.every)
         for run in runs.values():
@@ -156,6 +161,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=SmallLm.layers)
     parser.add_argument("--width", type=int, default=SmallLm.width)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--times", action="store_true", help="measure the time of a step, too")
+    parser.add_argument("--score-only", action="store_true", help="score what was trained so far")
     return parser
 
 
@@ -166,7 +173,11 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     corpus = read_corpus(given.text, given.run, SmallLm(layers=given.layers, width=given.width))
     (given.run / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(given).items()}))
-    train_all(given, corpus)
+    runs = load(given, corpus) if given.score_only else train_all(given, corpus)
+    if given.out is not None:
+        from benchmarks.training_scores import report
+
+        report(given, runs, corpus)
 
 
 if __name__ == "__main__":

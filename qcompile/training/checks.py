@@ -31,7 +31,7 @@ def check_ranges(linears: Mapping[str, nn.Module]) -> None:
     if bool(good.all()):
         return
     name = list(widths)[int((~good).nonzero()[0])]
-    values = ", ".join(f"{key} = {value.item():g}" for key, value in clips[name].named_parameters())  # type: ignore[operator, union-attr]
+    values = _values(clips[name])
     collapsed = bool(torch.isfinite(found).all())
     raise UserError(
         f"the clip range of a layer {'collapsed' if collapsed else 'is not finite'}: {values}",
@@ -43,9 +43,17 @@ def check_ranges(linears: Mapping[str, nn.Module]) -> None:
 
 def _width(clip: Quantiser) -> torch.Tensor:
     if isinstance(clip, ActClip):
-        return clip.c_plus - clip.c_minus
+        low, high = clip.learned_ends()
+        return high - low
     assert isinstance(clip, Pact | Lsq)
     return clip.alpha if isinstance(clip, Pact) else clip.step
+
+
+def _values(clip: Any) -> str:
+    if isinstance(clip, ActClip):
+        low, high = clip.learned_ends()
+        return f"c_minus = {low.item():g}, c_plus = {high.item():g}"
+    return ", ".join(f"{key} = {value.item():g}" for key, value in clip.named_parameters())
 
 
 def check_terms(terms: Mapping[str, torch.Tensor]) -> None:

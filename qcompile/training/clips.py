@@ -18,6 +18,7 @@ from qcompile.quant.numerics import SCALE_FLOOR
 Pair = tuple[torch.Tensor, torch.Tensor]
 START_QUANTILE = 1e-4  # of the first batch's values lies outside the first range, on either side
 START_VALUES = 1 << 16
+UNITS = 16  # of the first range: what is smaller is learned by steps of one size, what is larger by shares of itself
 SLACK = 1e-5  # of a step; a value that close to an end is not cut
 
 
@@ -28,7 +29,6 @@ class Quantiser(nn.Module):
     """
 
     name: ClassVar[str]
-    parameters_: ClassVar[tuple[str, ...]]
     started: torch.Tensor
 
     def __init__(self, bits: int) -> None:
@@ -113,33 +113,42 @@ class ActClip(Quantiser):
     """Asymmetric, with both ends learned: c_minus <= 0 <= c_plus.
 
         s = (c_plus - c_minus) / N,   z = round(-c_minus / s),   N = 2^bits - 1
-    A learned end on the wrong side of zero counts as zero. The gradients are those of the same function with
-    each round(u) replaced by u plus a constant.
+    An end on the wrong side of zero counts as zero. The gradients are those of the same function with each round(u)
+    replaced by u plus a constant.
+    The parameters c_minus and c_plus are on a scale of their own, end = unit * sinh(parameter): an optimizer whose
+    steps have one size, as Adam's have, moves every range by a share of itself, be it 0.01 or 100 wide.
     Source: arXiv 2404.03605 (PACT with two ends); the zero is aligned during training already.
     """
 
     name: ClassVar[str] = "clip"
-    parameters_: ClassVar[tuple[str, ...]] = ("c_minus", "c_plus")
+    unit: torch.Tensor
 
     def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
         super().__init__(bits)
-        self.c_minus = nn.Parameter(torch.tensor([-reach]))
-        self.c_plus = nn.Parameter(torch.tensor([reach]))
+        self.c_minus, self.c_plus = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.register_buffer("unit", torch.ones(1))
+        self.start(torch.tensor([-reach]), torch.tensor([reach]))
 
     def grid(self) -> Pair:
         return _scale_and_zero(*self._range(), self.high)
 
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        self.c_minus.data.copy_(low)
-        self.c_plus.data.copy_(high)
+        self.unit.copy_((high - low) / UNITS)
+        self.c_minus.data.copy_(torch.asinh(low / self.unit))
+        self.c_plus.data.copy_(torch.asinh(high / self.unit))
+
+    def learned_ends(self) -> Pair:
+        """Both ends as they were learned, shapes (1,): c_minus may be above c_plus where training went astray."""
+        ends = (end if end.dtype == torch.float64 else end.float() for end in (self.c_minus, self.c_plus))
+        low, high = (self.unit.to(end.dtype) * torch.sinh(end) for end in ends)
+        return low, high
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = _Affine.apply(x, *self._range(), self.high)  # type: ignore[no-untyped-call]
         return found
 
     def _range(self) -> Pair:
-        ends = (end if end.dtype == torch.float64 else end.float() for end in (self.c_minus, self.c_plus))
-        low, high = ends
+        low, high = self.learned_ends()
         return low.clamp(max=0), high.clamp(min=0)
 
 
@@ -211,7 +220,6 @@ class Pact(Quantiser):
     """
 
     name: ClassVar[str] = "pact"
-    parameters_: ClassVar[tuple[str, ...]] = ("alpha",)
 
     def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
         super().__init__(bits)
@@ -239,7 +247,6 @@ class Lsq(Quantiser):
     """
 
     name: ClassVar[str] = "lsq"
-    parameters_: ClassVar[tuple[str, ...]] = ("step",)
 
     def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
         super().__init__(bits)

@@ -89,7 +89,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         module(**inputs)
         for place, linear in enumerate(aware_linears(module).values()):
             clip: Any = linear.clip
-            clip.c_plus *= 1 + 0.01 * place  # a range for each, as after training
+            clip.unit *= 1 + 0.01 * place  # a range for each, as after training
     path = capture_module(module, inputs, shapes, tmp_path_factory.mktemp(request.param))
     module.eval()
     return Trained(request.param, module, inputs, shapes, path)

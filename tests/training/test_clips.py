@@ -41,7 +41,8 @@ def test_gradients_are_those_of_the_surrogate(bits: int, low: float, high: float
     clip = ActClip(bits).double()
     clip.start(torch.tensor([low]), torch.tensor([high]))
     clip.mark_started()
-    low, high = float(clip.c_minus), float(clip.c_plus)  # float32 was their first home
+    low, high = (float(end.detach()) for end in clip.learned_ends())
+    slopes = [float((clip.unit * torch.cosh(p.detach())).item()) for p in (clip.c_minus, clip.c_plus)]
     x, weights = values().requires_grad_(), values(seed=1)
     y = clip(x)
     (y * weights).sum().backward()  # type: ignore[no-untyped-call]
@@ -56,10 +57,10 @@ def test_gradients_are_those_of_the_surrogate(bits: int, low: float, high: float
     found = (function(x + shift, low, high) - function(x - shift, low, high)).detach() / (2 * STEP) * weights
     torch.testing.assert_close(x.grad, found, rtol=0, atol=1e-4)
     d_high = (loss(x.detach(), low, high + STEP) - loss(x.detach(), low, high - STEP)) / (2 * STEP)
-    assert abs(float(clip.c_plus.grad) - d_high) < 1e-4
+    assert abs(float(clip.c_plus.grad) - d_high * slopes[1]) < 1e-4
     if low < 0:  # at 0 the range ends there
         d_low = (loss(x.detach(), low + STEP, high) - loss(x.detach(), low - STEP, high)) / (2 * STEP)
-        assert abs(float(clip.c_minus.grad) - d_low) < 1e-4
+        assert abs(float(clip.c_minus.grad) - d_low * slopes[0]) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -82,6 +83,20 @@ def test_an_end_on_the_wrong_side_of_zero_counts_as_zero() -> None:
     clip.start(torch.tensor([0.5]), torch.tensor([2.0]))
     clip.mark_started()
     assert clip.ends() == pytest.approx((0.0, 2.0))
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_a_step_of_the_optimizer_is_a_share_of_the_range(size: float) -> None:
+    clip = ActClip(4)
+    clip.start(torch.tensor([-0.5 * size]), torch.tensor([size]))
+    clip.mark_started()
+    optimizer = torch.optim.Adam(clip.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (clip(values().float() * 10 * size) ** 2).sum().neg().backward()  # wider is better
+        optimizer.step()
+    low, high = clip.ends()
+    assert 1.5 < high / size < 2.2 and 1.5 < low / (-0.5 * size) < 2.2
 
 
 def test_pact_learns_from_what_it_clips() -> None:
