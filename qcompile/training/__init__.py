@@ -15,14 +15,14 @@ from qcompile.errors import UserError
 if TYPE_CHECKING:
     from qcompile.training.aware import parameter_groups, quantization_aware, regularization_loss, restore
     from qcompile.training.clips import ActClip, Lsq, Pact
-    from qcompile.training.distil import distil, distillation_loss, generate_data
+    from qcompile.training.distillation import distil, distillation_loss, generate_data
     from qcompile.training.history import History, measure, measure_checkpoints
     from qcompile.training.kurtosis import token_kurtosis
 
 _HOME = {
     "ActClip": "clips", "Lsq": "clips", "Pact": "clips",
     "History": "history", "measure": "history", "measure_checkpoints": "history",
-    "distil": "distil", "distillation_loss": "distil", "generate_data": "distil",
+    "distil": "distillation", "distillation_loss": "distillation", "generate_data": "distillation",
     "parameter_groups": "aware", "quantization_aware": "aware", "regularization_loss": "aware", "restore": "aware",
     "token_kurtosis": "kurtosis",
 }  # fmt: skip
