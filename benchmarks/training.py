@@ -23,7 +23,7 @@ import numpy as np
 from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of, read_corpus
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 BITS, WARMUP, DECAY, CLIP_NORM = 4, 40, 0.1, 1.0
 WATCHED_ROWS = 8  # windows that the history looks at
@@ -149,7 +149,7 @@ def worst(run: Run) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="English text to train on, or its gzip")
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="English text, or its gzip")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="checkpoints and tokens; a run goes on")
     parser.add_argument("--out", type=Path, metavar="NAME", help="NAME.json and NAME.md")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -162,6 +162,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=SmallLm.width)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--times", action="store_true", help="measure the time of a step, too")
+    parser.add_argument("--solved", nargs="*", default=["W4A16 GPTQ", "W4A4 GPTQ"], help="columns that gptq makes")
     parser.add_argument("--score-only", action="store_true", help="score what was trained so far")
     return parser
 

@@ -68,9 +68,9 @@ class Corpus:
         return np.stack([self.train[start : start + length] for start in starts]).astype(np.int64)
 
     def windows(self, length: int, count: int) -> np.ndarray:
-        """The first ``count`` windows of the held-out text, which do not overlap."""
-        most = len(self.valid) // length
-        return self.valid[: min(count, most) * length].reshape(-1, length).astype(np.int64)
+        """``count`` windows spread evenly over the held-out text, which do not overlap; all of them where it has fewer."""
+        whole = self.valid[: len(self.valid) // length * length].reshape(-1, length)
+        return whole[:: max(1, len(whole) // count)][:count].astype(np.int64)
 
 
 def read_corpus(text: Path, folder: Path, recipe: SmallLm) -> Corpus:

@@ -105,10 +105,10 @@ class Quantise(Pass):
             scheme = choice.weights.get(linear.name)
             if scheme is None:
                 continue
-            activation = choice.activations.get(str(linear.x.name))
+            activation = str(choice.activations.get(str(linear.x.name), "float"))
             codes = draft.codes(linear.name, linear.w, scheme, draft.ranges.energy(str(linear.x.name)))
             ctx.ledger.record(
-                linear.name, weights=str(scheme), activations=draft.learned.get(linear.name, str(activation or "float")),
+                linear.name, weights=str(scheme), activations=draft.learned.get(linear.name, activation),
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
         for name, cached in choice.caches.items():

@@ -75,7 +75,7 @@ def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa
 
 
 def _restore_clips(module: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Put the learned ranges that are among the weights back in front of their linears; UserError where they are not."""
+    """Put the learned ranges, which are among the weights, back in front of their linears; UserError without them."""
     import torch
     from safetensors.torch import load_file
 

@@ -60,7 +60,8 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
     for row in rows:
         layers = row["layers"]
         worst = max(layers, key=lambda name: layers[name]["kurtosis"])
-        line: dict[str, Any] = {"step": row["step"], "outlier_channels": sum(f["outlier_channels"] for f in layers.values())}
+        channels = sum(figures["outlier_channels"] for figures in layers.values())
+        line: dict[str, Any] = {"step": row["step"], "outlier_channels": channels}
         line |= {key: max(figures[key] for figures in layers.values()) for key in WORST}
         found.append(line | {"largest kurtosis at": worst})
     return found

@@ -198,7 +198,7 @@ def _steps(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(zero: torch.Tensor, levels: int) -> tuple[Any, Any]:
-    """The ends of the range in steps: numbers on a CPU, where bounds that are tensors are slow; else no device waits."""
+    """The ends of the range in steps: numbers on a CPU, where tensors as bounds are slow; else no device waits."""
     if zero.device.type == "cpu":
         origin = zero.item()
         return -origin, levels - origin

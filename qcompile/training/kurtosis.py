@@ -2,7 +2,8 @@
 
     kurtosis(y) = mean_d (y - mean)^4 / (variance^2 + eps)        uniform 1.8, normal 3, one large channel ~ width
 Each layer's figure is the mean over its sampled tokens, and the loss is the sum of them. In a model of many layers
-they take turns, and those that are seen count for the others. No process waits for another: where gradients are averaged over processes, so is the regulariser's.
+they take turns, and those that are seen count for the others. No process waits for another: where gradients are
+averaged over processes, so is the regulariser's.
 Source: arXiv 2404.03605.
 """
 

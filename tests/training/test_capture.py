@@ -179,7 +179,8 @@ def test_a_folder_that_lost_its_ranges_is_refused(tmp_path: Path) -> None:
 
 def static_pair(edit: Callable[[onnx.ModelProto], None] | None = None) -> ir.Value:
     text = """<ir_version: 10, opset_import: ["": 21]> g (float[n, 4] x) => (float[n, 2] y)
-        <float low = {-1.0}, float high = {2.75}, float s = {0.25}, uint8 z = {4}, float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}>
+        <float low = {-1.0}, float high = {2.75}, float s = {0.25}, uint8 z = {4},
+         float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}>
         { c = Clip (x, low, high) q = QuantizeLinear (c, s, z) d = DequantizeLinear (q, s, z) y = MatMul (d, w) }"""
     proto = onnx.parser.parse_model(text)
     if edit is not None:
