@@ -68,7 +68,7 @@ class Corpus:
         return np.stack([self.train[start : start + length] for start in starts]).astype(np.int64)
 
     def windows(self, length: int, count: int) -> np.ndarray:
-        """``count`` windows spread evenly over the held-out text, which do not overlap; all of them where it has fewer."""
+        """``count`` windows, spread evenly over the held-out text; all of them where it has fewer."""
         whole = self.valid[: len(self.valid) // length * length].reshape(-1, length)
         return whole[:: max(1, len(whole) // count)][:count].astype(np.int64)
 
