@@ -24,7 +24,7 @@ from qcompile.recipe import Recipe, Rule
 if TYPE_CHECKING:
     from benchmarks.training import Run
 
-WINDOWS, CALIBRATION, BATCH = 64, 16, 8
+WINDOWS, CALIBRATION, BATCH = 24, 16, 8
 SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
 # column -> (bits of weights, bits of activations); only linears of the blocks are quantised. Rounded to nearest, it is
 # computed in torch by the grids of the compiler (tests/training/test_capture.py holds the program to be equal);

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qcompile.calibration import text
 from qcompile.calibration.samples import BUILT_IN_TEXT
 from qcompile.errors import UserError
@@ -30,8 +32,6 @@ def read_run(model: str, calib: Path | None, tokenizer: Path | None, samples: in
     path = Path(model)
     if importlib.util.find_spec("torch") is None:
         raise UserError("a training run is read with torch", hint="pip install 'qcompile-nn[torch]'")
-    import torch
-
     from qcompile.training import history
 
     if path.is_file():
@@ -40,12 +40,10 @@ def read_run(model: str, calib: Path | None, tokenizer: Path | None, samples: in
     words = tokenizer or next((place for place in (last, path) if (place / "tokenizer.json").is_file()), None)
     if words is None:
         warn("no tokenizer was found, so the figures are of random tokens; give --tokenizer DIR")
-        generator = torch.Generator().manual_seed(0)
-        ids = [torch.randint(0, _vocabulary(last), (1, 32), generator=generator) for _ in range(4)]
+        rows = list(np.random.default_rng(0).integers(0, _vocabulary(last), (4, 32)))
     else:
-        found = text.windows(text.load_tokenizer(words), calib or BUILT_IN_TEXT, length, samples)
-        ids = [torch.from_numpy(row)[None] for row in found]
-    return history.measure_checkpoints(path, [{"input_ids": row} for row in ids])
+        rows = text.windows(text.load_tokenizer(words), calib or BUILT_IN_TEXT, length, samples)
+    return history.measure_checkpoints(path, history.token_batches(rows))
 
 
 def _vocabulary(folder: Path) -> int:

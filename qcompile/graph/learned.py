@@ -23,9 +23,10 @@ def learned_grid(value: ir.Value) -> Affine | None:
         return None
     scale, zero = (constant_array(part) for part in quantize.inputs[1:3])
     back, origin = (constant_array(part) for part in dequantize.inputs[1:3])
-    if scale is None or zero is None or scale.size != 1 or zero.dtype != np.uint8:
+    if scale is None or zero is None or back is None or origin is None:
         return None
-    if not (np.array_equal(scale, back) and np.array_equal(zero, origin)):
+    is_one_grid = np.array_equal(scale, back) and np.array_equal(zero, origin)
+    if not is_one_grid or scale.size != 1 or zero.dtype != np.uint8:
         return None
     low, high = _codes(quantize.inputs[0], float(scale.item()), int(zero.item()))
     return Affine(scale.reshape(()), zero.reshape(()).astype(np.int32), low, high)

@@ -59,7 +59,7 @@ def quantization_aware(
     meter = Meter(kurtosis, stride, list(chosen))
     for name, linear in chosen.items():
         if bits is not None:
-            clip = QUANTISERS[quantiser](bits).to(linear.weight.device)
+            clip = QUANTISERS[quantiser](bits).to(next(linear.parameters()).device)
             linear.add_module("clip", clip)
             linear.register_forward_pre_hook(_clip_input)
         setattr(linear, _METER, meter)
@@ -151,7 +151,8 @@ def _choose(model: nn.Module, sites: str | Sequence[str] | None) -> dict[str, nn
             hint="nn.Linear and transformers' Conv1D count; did you pass the model itself?",
         )
     if sites is None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find: Any = getattr(model, "get_output_embeddings", None)
+        head = None if find is None else find()
         body = {n: m for n, m in linears.items() if m is not head and n.rpartition(".")[2] not in HEADS}
         return body or linears
     return _matching(linears, [sites] if isinstance(sites, str) else sites)
@@ -189,7 +190,7 @@ def _note(model: nn.Module, settings: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------- hooks: functions, so that copies work
 
 
-def _clip_input(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _clip_input(linear: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (linear.clip(args[0]), *args[1:])
 
 

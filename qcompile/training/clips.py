@@ -57,7 +57,8 @@ class Quantiser(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_exporting():
             held = (self.export_low, self.export_high, self.export_scale, self.export_zero)
-            return static_clip(x, *cast("tuple[torch.Tensor, ...]", held))
+            shipped: torch.Tensor = static_clip(x, *cast("tuple[torch.Tensor, ...]", held))
+            return shipped
         if not self.has_started():
             self._start_on(x)
         return self.fake(x)
@@ -266,7 +267,8 @@ class Lsq(Quantiser):
         share = (x.numel() * most) ** -0.5
         scale = scale * share + (scale - scale * share).detach()
         codes = (x.float() / scale).clamp(-self._middle, most)
-        return ((codes + (codes.round() - codes).detach()) * scale).to(x.dtype)
+        rounded: torch.Tensor = codes + (codes.round() - codes).detach()
+        return (rounded * scale).to(x.dtype)
 
 
 QUANTISERS: dict[str, type[ActClip] | type[Pact] | type[Lsq]] = {kind.name: kind for kind in (ActClip, Pact, Lsq)}

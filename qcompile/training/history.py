@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,7 +77,7 @@ def measure(model: nn.Module, batches: Iterable[Batch]) -> Figures:
         for batch in batches:
             model(**batch)
     seen = {name: found for name, found in sums.items() if found.tokens}
-    return {name: found.figures(linears[name].weight) for name, found in seen.items()}  # type: ignore[arg-type]
+    return {name: found.figures(linears[name].weight) for name, found in seen.items()}
 
 
 @contextlib.contextmanager
@@ -145,6 +146,11 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in ``folder`` (``checkpoint-100`` as transformers.Trainer names them, or ``step-100``)."""
     found = [(int(m[1]), path) for path in folder.iterdir() if path.is_dir() and (m := _CHECKPOINT.match(path.name))]
     return sorted(found)
+
+
+def token_batches(rows: Iterable[np.ndarray]) -> list[Batch]:
+    """One batch a row of token ids (tokens,)."""
+    return [{"input_ids": torch.from_numpy(np.asarray(row, np.int64))[None]} for row in rows]
 
 
 def measure_checkpoints(folder: str | Path, batches: Iterable[Batch]) -> list[dict[str, Any]]:

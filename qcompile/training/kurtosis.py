@@ -48,7 +48,7 @@ class _Kurtosis(torch.autograd.Function):
         return kurtosis.squeeze(-1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (slope,) = ctx.saved_tensors
         found: torch.Tensor = slope * grads[0].unsqueeze(-1)
