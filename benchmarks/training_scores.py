@@ -81,9 +81,9 @@ def rounded(run: Run, weights: int, activations: int | None, calibration: list[d
         _start_on_extremes(module, calibration)
     for linear in aware_linears(module).values():
         if weights < 16:
-            w = linear.weight.detach().numpy().T  # type: ignore[operator, union-attr]
+            w = linear.weight.detach().numpy().T  # type: ignore[operator]
             codes = quantize_weight(np.ascontiguousarray(w), WeightScheme(bits=weights))
-            linear.weight.data = torch.from_numpy(np.ascontiguousarray(codes.dequantized().T))  # type: ignore[operator, union-attr]
+            linear.weight.data = torch.from_numpy(np.ascontiguousarray(codes.dequantized().T))
     return module.eval()
 
 
@@ -246,7 +246,7 @@ def tables(everything: dict[str, Any]) -> list[str]:
     if "step_times" in everything:
         found.append(_table(["processor time of a step over plain", "ratio"],
                             [[name, f"{value:.2f}"] for name, value in everything["step_times"].items()]))  # fmt: skip
-    return [*found, _about(everything)]
+    return [*found, _about(everything), *filter(None, [everything.get("remarks", "").strip()])]
 
 
 def _about(everything: dict[str, Any]) -> str:

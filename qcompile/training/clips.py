@@ -267,8 +267,8 @@ class Lsq(Quantiser):
         share = (x.numel() * most) ** -0.5
         scale = scale * share + (scale - scale * share).detach()
         codes = (x.float() / scale).clamp(-self._middle, most)
-        rounded: torch.Tensor = codes + (codes.round() - codes).detach()
-        return (rounded * scale).to(x.dtype)
+        found: torch.Tensor = ((codes + (codes.round() - codes).detach()) * scale).to(x.dtype)
+        return found
 
 
 QUANTISERS: dict[str, type[ActClip] | type[Pact] | type[Lsq]] = {kind.name: kind for kind in (ActClip, Pact, Lsq)}

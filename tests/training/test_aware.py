@@ -83,7 +83,7 @@ def test_elsewhere_it_is_asked_for() -> None:
     loss = regularization_loss(model)
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) > 0.1 * 2 * 1
-    assert model.first.weight.grad is not None and float(model.first.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+    assert model.first.weight.grad is not None and float(model.first.weight.grad.abs().max()) > 0  # type: ignore[operator, union-attr]
     model.eval()(torch.randn(4, 8))
     assert float(regularization_loss(model)) == 0.0
 
@@ -166,7 +166,8 @@ def test_a_copy_has_a_regulariser_of_its_own() -> None:
     twin = copy.deepcopy(model)
     assert find_meter(twin) is not find_meter(model)
     assert all(vars(part)["_qcompile_meter"] is find_meter(twin) for part in aware_linears(twin).values())
-    model.zero_grad(), twin.zero_grad()
+    model.zero_grad()
+    twin.zero_grad()
     find_meter(twin).passes = find_meter(model).passes = 0  # type: ignore[union-attr]
     assert float(step(model)) == float(step(twin))
 
@@ -248,12 +249,12 @@ def test_inside_the_trainer(tmp_path: Path, accumulate: int) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3))
-    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))  # type: ignore[arg-type]
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
     trainer.train()
     twin = copy.deepcopy(model)
     other = torch.optim.AdamW(parameter_groups(twin, 1e-3))
     arguments.max_steps = 3
-    again = Trainer(twin, arguments, train_dataset=rows, optimizers=(other, None))  # type: ignore[arg-type]
+    again = Trainer(twin, arguments, train_dataset=rows, optimizers=(other, None))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (tmp_path / "checkpoint-3").is_dir()
 
@@ -312,7 +313,7 @@ def test_a_range_that_collapses_names_its_layer(quantiser: str) -> None:
     model = quantization_aware(opt(), quantiser=quantiser)
     step(model)
     with torch.no_grad():
-        for parameter in model.model.decoder.layers[1].fc1.clip.parameters():  # type: ignore[union-attr, operator, index]
+        for parameter in model.model.decoder.layers[1].fc1.clip.parameters():  # type: ignore[union-attr, index]
             parameter.fill_(-1.0)
     with pytest.raises(UserError, match="collapsed") as caught:
         step(model)
@@ -322,7 +323,7 @@ def test_a_range_that_collapses_names_its_layer(quantiser: str) -> None:
 def test_a_range_that_is_no_number_names_its_layer() -> None:
     model = quantization_aware(Perceptron(), kurtosis=0)
     model(torch.randn(4, 8))
-    model.second.clip.c_plus.data.fill_(torch.nan)  # type: ignore[union-attr]
+    model.second.clip.c_plus.data.fill_(torch.nan)  # type: ignore[operator, union-attr]
     with pytest.raises(UserError, match="not finite") as caught:
         model(torch.randn(4, 8))
     assert caught.value.where == "second"
@@ -332,7 +333,7 @@ def test_a_range_that_is_no_number_names_its_layer() -> None:
 def test_a_loss_that_is_no_number_names_the_layer(kurtosis: float) -> None:
     model = quantization_aware(opt(), bits=None, kurtosis=kurtosis)
     step(model)
-    model.model.decoder.layers[1].fc1.weight.data[3, 3] = torch.nan  # type: ignore[union-attr, operator, index]
+    model.model.decoder.layers[1].fc1.weight.data[3, 3] = torch.nan  # type: ignore[union-attr, index]
     with pytest.raises(UserError, match="the loss is not a number") as caught:
         step(model)
     assert caught.value.where == "model.decoder.layers.1.fc1"
@@ -342,7 +343,7 @@ def test_a_kurtosis_that_is_no_number_names_the_layer() -> None:
     model = quantization_aware(Perceptron(), bits=None, kurtosis=0.1)
     model.second.weight.data[0] = torch.inf  # type: ignore[operator, union-attr]
     model.head = nn.Identity()
-    model.forward = lambda x: model.second(torch.relu(model.first(x))).nan_to_num()  # type: ignore[operator, method-assign]
+    model.forward = lambda x: model.second(torch.relu(model.first(x))).nan_to_num()  # type: ignore[operator]
     model(torch.randn(4, 8))
     with pytest.raises(UserError, match="not a number") as caught:
         regularization_loss(model)

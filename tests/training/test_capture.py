@@ -66,7 +66,8 @@ class Trained:
     @torch.no_grad()
     def output(self) -> np.ndarray:
         found: np.ndarray = self.module(**self.inputs)[0].numpy()
-        return found[self.inputs["attention_mask"].numpy() == 1]
+        real: np.ndarray = found[self.inputs["attention_mask"].numpy() == 1]
+        return real
 
     def compiled(self, passes: str, dump: Path | None = None) -> np.ndarray:
         """The compiled program's output."""
@@ -76,7 +77,8 @@ class Trained:
             kernels = program.manifest["kernels"]
         inside = [kernel for kernel in kernels if kernel["site"] in aware_linears(self.module)]
         assert inside and all(kernel["kernel"] == "MatMulIntegerToFloat" for kernel in inside)
-        return found[self.feeds()["attention_mask"] == 1]
+        real: np.ndarray = found[self.feeds()["attention_mask"] == 1]
+        return real
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -167,7 +169,7 @@ def test_a_folder_that_lost_its_ranges_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     module: Any = MODELS["opt"]().requires_grad_(True)
-    quantization_aware(module).save_pretrained(tmp_path)
+    quantization_aware(module).save_pretrained(tmp_path)  # type: ignore[operator]
     path = tmp_path / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if ".clip." not in name}, path, {"format": "pt"})
     with pytest.raises(UserError, match="learned ranges are not in the files"):

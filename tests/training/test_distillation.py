@@ -26,7 +26,7 @@ def test_the_first_tokens_are_the_likeliest_and_the_seed_decides() -> None:
 def test_the_loss_is_a_cross_entropy() -> None:
     logits = torch.randn(2, 3, 7)
     own = distillation_loss(logits, logits)
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    entropy = torch.distributions.Categorical(logits=logits).entropy()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(own, entropy.mean())
     assert float(distillation_loss(torch.randn(2, 3, 7), logits)) > float(own)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
