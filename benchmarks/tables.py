@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators", "kernels", "cuda_kernels")  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels", "training")  # that stand on a page of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:

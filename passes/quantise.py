@@ -1,6 +1,7 @@
 """Quantise: write the recipe's formats into the graph, and hold the accuracy gate.
 
-rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x));
+rewrite:  linear(x, W, b)  ->  linear(DQ(Q(x)), DQ(codes), b), or the per-token function instead of DQ(Q(x)); an x that
+          came as DQ(Q(x)), with a range that training learned, stays as it is;
           concat(past, k)  ->  concat(past, the per-token function of k), which the lowering turns into codes; keys
           of few bits around their mean
 needs:    a recipe with rules; calibration samples where a range is static
@@ -104,10 +105,10 @@ class Quantise(Pass):
             scheme = choice.weights.get(linear.name)
             if scheme is None:
                 continue
-            activation = choice.activations.get(str(linear.x.name))
+            activation = str(choice.activations.get(str(linear.x.name), "float"))
             codes = draft.codes(linear.name, linear.w, scheme, draft.ranges.energy(str(linear.x.name)))
             ctx.ledger.record(
-                linear.name, weights=str(scheme), activations=str(activation) if activation else "float",
+                linear.name, weights=str(scheme), activations=draft.learned.get(linear.name, activation),
                 weight_sqnr_db=_sqnr(linear.w, codes.dequantized()),
             )  # fmt: skip
         for name, cached in choice.caches.items():

@@ -18,6 +18,7 @@ from qcompile.graph.caches import find_caches
 from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.functions import is_op
 from qcompile.graph.grids import grid_of
+from qcompile.graph.learned import describe, learned_grid
 from qcompile.graph.provenance import original_name
 from qcompile.graph.qdq import (
     keep_columns,
@@ -75,7 +76,8 @@ class Draft:
         self.ranges = Ranges({}, {})
         self.centres: dict[str, np.ndarray] = {}  # of caches of keys in few bits
         self.left: list[tuple[str, str, str]] = []  # (site, reason, node): what the recipe leaves float
-        self._float_inputs: set[str] = set()  # linears that read their activation in float
+        self._float_inputs: set[str] = set()  # linears whose activation stays as it is
+        self.learned: dict[str, str] = {}  # by linear: the grid that its activation came with
         self._codes: dict[tuple[str, WeightScheme, bytes], QuantizedWeight] = {}
         self._solved = {linear.name: linear.weight for linear in find_linears(model.graph)}
         self.choice = self._choose(recipe)
@@ -165,7 +167,10 @@ class Draft:
                 self._float_inputs.add(linear.name)
                 continue
             weights[str(table_of(linear).name) if linear.transposed else linear.name] = rule.weights
-            if rule.activations is None:
+            grid = learned_grid(linear.x)
+            if grid is not None:
+                self.learned[linear.name] = describe(grid)
+            if rule.activations is None or grid is not None:
                 self._float_inputs.add(linear.name)
             elif activations.setdefault(str(linear.x.name), rule.activations) != rule.activations:
                 why = f"its input is read as {activations[str(linear.x.name)]}, as another linear's rule says"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
+CLIPS = "qcompile_training"  # where training.quantization_aware leaves its settings in a config
 DECODER_SHAPES = {"decoder_input_ids": {0: "batch", 1: "decoder_sequence"}}
 IMAGE_SHAPES = {"pixel_values": {0: "batch"}}
 
@@ -38,7 +39,7 @@ def capture_hf_folder(
     run code when loaded: they are refused unless ``allow_pickle``. Raises UserError.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     _check_weights(folder, allow_pickle)
     module = load_pretrained(folder, config, attention)
     if with_past:
@@ -61,6 +62,8 @@ def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa
                 hint="does AutoModel.from_pretrained(FOLDER) work? If not, save it again with save_pretrained",
             ) from error
     module = prepare(module)
+    if CLIPS in config:
+        _restore_clips(module, folder, config)
     absent = sorted(set(loading["missing_keys"]) & set(module.state_dict()))
     if absent:  # transformers only warns, and gives them random values
         raise UserError(
@@ -69,6 +72,21 @@ def load_pretrained(folder: Path, config: dict[str, Any], attention: str = "sdpa
             hint="the class is chosen by 'architectures' in config.json",
         )
     return module
+
+
+def _restore_clips(module: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Put the learned ranges, which are among the weights, back in front of their linears; UserError without them."""
+    import torch
+    from safetensors.torch import load_file
+
+    from qcompile.training.aware import restore
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update({name: value for name, value in load_file(path).items() if ".clip." in name})
+    for path in [] if tensors else sorted(folder.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(path, map_location="cpu", weights_only=True))
+    restore(module, config[CLIPS], tensors).eval().requires_grad_(False)
 
 
 def prepare(module: Any) -> torch.nn.Module:
@@ -138,7 +156,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no config.json in {folder}", hint="MODEL must be a saved transformers folder")

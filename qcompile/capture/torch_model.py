@@ -192,6 +192,7 @@ def _export(
             input_names=list(input_names),
             output_names=output_names,
             dynamic_shapes=dict(shapes),
+            custom_translation_table=_translations(),
         )
     except Exception as error:  # the exporter wraps whatever the traced code raises
         raise _export_error(module, error) from error
@@ -201,6 +202,12 @@ def _export(
     if opset == 23:
         _spread_rotary_tables(program.model)
     return program.model
+
+
+def _translations() -> dict[Any, Any] | None:
+    """Those of the operators that ``training`` puts into a module; none where it is not in use."""
+    clips = sys.modules.get("qcompile.capture.torch_clip")
+    return None if clips is None else clips.translations()
 
 
 def _spread_rotary_tables(model: ir.Model) -> None:

@@ -12,6 +12,7 @@ import click
 
 from qcompile.commands import options
 from qcompile.commands.text import columns, show
+from qcompile.errors import UserError
 
 
 @click.command("analyze", short_help="show a model's activation outliers")
@@ -20,12 +21,25 @@ from qcompile.commands.text import columns, show
 @options.allow_pickle
 @click.option("--json", "form", flag_value="json", help="Print the whole analysis as JSON.")
 @click.option("--csv", "form", flag_value="csv", help="Print the table as CSV.")
+@click.option("--plots", type=click.Path(path_type=Path), metavar="FILE",
+              help="Of a training run: write its curves as SVG.")  # fmt: skip
 @options.debug
 def analyze(
     model: str, calib: Path | None, tokenizer: Path | None, samples: int, length: int, allow_pickle: bool,
-    form: str | None,
+    form: str | None, plots: Path | None,
 ) -> None:  # fmt: skip
-    """Run the outliers analysis on MODEL and print one row for each site."""
+    """Run the outliers analysis on MODEL and print one row for each site.
+
+    MODEL may be a training run, a folder of checkpoints or a history (.jsonl): then a row for each step.
+    """
+    from qcompile.commands import training
+
+    if training.is_run(model):
+        _show_run(training.read_run(model, calib, tokenizer, samples, length), form, plots)
+        return
+    if plots is not None:
+        hint = "MODEL is one model; --plots wants a folder of checkpoints, or a history.jsonl"
+        raise UserError("there are no steps to plot", where=model, hint=hint)
     from qcompile import driver, manifest
 
     entry = manifest.plain(
@@ -46,6 +60,26 @@ def analyze(
             click.echo(note)
         show("tokens that own a range", _sinks(entry), ("site", "value", "channel", "position", "token"))
         show("left alone", [(s["site"], s["reason"], s["node"]) for s in entry["skips"]])
+
+
+def _show_run(rows: list[dict[str, Any]], form: str | None, plots: Path | None) -> None:
+    """A row for each step, and one for each linear at the last step."""
+    from qcompile.commands import training
+
+    if plots is not None:
+        training.write_plots(rows, plots)
+    lines = training.summary(rows)
+    heads = list(lines[0]) if lines else []
+    table = [list(line.values()) for line in lines]
+    if form == "json":
+        click.echo(json.dumps(rows, indent=1))
+    elif form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([heads, *table])
+    else:
+        click.echo(columns(table, heads))
+        layers = rows[-1]["layers"]
+        names = list(next(iter(layers.values())))
+        show(f"at step {rows[-1]['step']}", [(n, *f.values()) for n, f in layers.items()], ("linear", *names))
 
 
 def _sinks(entry: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"", "environment", "errors", "progress"},  # "" is the package itself: who imports it gets its version
     {"graph", "quant"},
     {"pipeline", "ledger", "manifest", "recipe"},
-    {"block", "calibration", "capture", "instruments", "integer", "proof"},
+    {"block", "calibration", "capture", "instruments", "integer", "proof", "training"},
     {"passes"},
     {"backends", "models"},
     {"intake", "publish", "report", "reporting"},
@@ -28,7 +28,7 @@ LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
 # Package -> where it may be imported, as prefixes of a path below qcompile/.
 CONFINED: dict[str, tuple[str, ...]] = {
-    "torch": ("block/", "models/", "capture/torch_", "capture/hf_folder.py"),
+    "torch": ("block/", "models/", "training/", "capture/torch_", "capture/hf_folder.py"),
     "tvm": ("backends/",),
     "tvm_ffi": ("backends/",),
 }

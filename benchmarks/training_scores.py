@@ -1,0 +1,298 @@
+"""What 4 bits cost each model of ``benchmarks.training``: perplexity of compiled programs, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+import qcompile
+from benchmarks.protocol import next_token_nats
+from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of
+from qcompile.quant.numerics import quantize_weight
+from qcompile.quant.schemes import ActivationScheme, WeightScheme
+from qcompile.recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    from benchmarks.training import Run
+
+WINDOWS, CALIBRATION, BATCH = 24, 16, 8
+SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
+# column -> (bits of weights, bits of activations); only linears of the blocks are quantised. Rounded to nearest, it is
+# computed in torch by the grids of the compiler (tests/training/test_capture.py holds the program to be equal);
+# gptq is a pass of the compiler, so the program itself is run.
+NEAREST: dict[str, tuple[int, int | None]] = {
+    "W8A8": (8, 8), "W16A4": (16, 4), "W4A16 RTN": (4, None), "W4A4 RTN": (4, 4),
+}  # fmt: skip
+SOLVED: dict[str, tuple[int, int | None]] = {"W4A16 GPTQ": (4, None), "W4A4 GPTQ": (4, 4)}
+LAST = ("kurtosis", "outlier_channels", "max_ratio", "weight_ratio")
+
+
+def recipe_of(weights: int, activations: int | None) -> Recipe:
+    """Weights per channel, symmetric; activations per tensor, static, asymmetric, their range the smallest and largest
+    value seen."""
+    scheme = None if activations is None else ActivationScheme(bits=activations, observer="minmax")
+    return Recipe(name="blocks", rules=(Rule(weights=WeightScheme(bits=weights), activations=scheme),))
+
+
+def score(run: Run, found: dict[str, Any], out: Path, everything: dict[str, Any]) -> None:
+    """Fill ``found`` with the perplexities of one variant; what is there already is kept."""
+    held_out = run.corpus.windows(run.recipe.positions, WINDOWS)
+    calibration = [as_feeds(run.corpus.batch(run.recipe.seed + 1, 0, CALIBRATION, run.recipe.positions)[i : i + 1])
+                   for i in range(CALIBRATION)]  # fmt: skip
+    found |= {"steps": run.step, "tokens": run.step * run.given.rows * run.recipe.positions}
+    found |= {"seconds": round(run.seconds), "outliers": totals(run.history.rows[-1]["layers"])}
+    plain = without_clips(run)
+    found.setdefault("W16A16", in_torch(plain, held_out))
+    for name, (weights, activations) in NEAREST.items():
+        if name not in found:
+            found[name] = in_torch(rounded(run, weights, activations, calibration), held_out)
+            print(f"{run.name} {name}: {found[name]:.2f}", flush=True)
+    write(out, everything)
+    for name in run.given.solved:
+        if name not in found:
+            begun = time.monotonic()
+            found[name] = compiled(run, *SOLVED[name], calibration, held_out)
+            print(f"{run.name} {name}: {found[name]:.2f} ({time.monotonic() - begun:.0f} s)", flush=True)
+            write(out, everything)
+
+
+def rounded(run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]]) -> Any:
+    """A module of the same weights, to the nearest code; activations on learned grids of 4 bits where there are some,
+    else on those of the smallest and largest value that calibration sees."""
+    import torch
+
+    from qcompile.training import quantization_aware
+    from qcompile.training.aware import aware_linears
+
+    learned = activations == 4 and has_clips(run)
+    module = quantization_aware(without_clips(run), activations, 0.0)
+    if learned:
+        module.load_state_dict(run.model.state_dict())
+    elif activations is not None:
+        _start_on_extremes(module, calibration)
+    for linear in aware_linears(module).values():
+        if weights < 16:
+            w = linear.weight.detach().numpy().T  # type: ignore[operator]
+            codes = quantize_weight(np.ascontiguousarray(w), WeightScheme(bits=weights))
+            linear.weight.data = torch.from_numpy(np.ascontiguousarray(codes.dequantized().T))
+    return module.eval()
+
+
+def _start_on_extremes(module: Any, calibration: list[dict[str, np.ndarray]]) -> None:
+    import torch
+
+    from qcompile.training.aware import aware_linears
+
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def look(name: str) -> Any:
+        return lambda _module, args: seen.setdefault(name, []).append(torch.stack(torch.aminmax(args[0])))
+
+    linears: dict[str, Any] = aware_linears(module)
+    bare = [part.clip for part in linears.values()]
+    for part in linears.values():
+        part.clip = torch.nn.Identity()
+    handles = [part.register_forward_pre_hook(look(name), prepend=True) for name, part in linears.items()]
+    with torch.no_grad():
+        for feeds in calibration:
+            module.eval()(**{name: torch.from_numpy(x) for name, x in feeds.items()})
+    for handle in handles:
+        handle.remove()
+    for (name, part), clip in zip(linears.items(), bare, strict=True):
+        part.clip = clip
+        ends = torch.stack(seen[name])
+        clip.start(ends[:, 0].min().clamp(max=0).reshape(1), ends[:, 1].max().clamp(min=0).reshape(1))
+        clip.mark_started()
+
+
+def compiled(
+    run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]], windows: np.ndarray
+) -> float:
+    """The perplexity of the compiled program, with weights that ``gptq`` chose."""
+    clipped = activations is not None and has_clips(run)
+    module = run.model if clipped else without_clips(run)
+    path = captured(module, run.folder / f"{'clips' if clipped else 'float'}-{run.step}")
+    recipe = recipe_of(weights, activations)
+    with qcompile.compile(ir.load(path), calibration=calibration, recipe=recipe, passes="gptq") as program:
+        return perplexity(lambda feeds: next(iter(program.run(feeds).values())), windows)
+
+
+def has_clips(run: Run) -> bool:
+    from qcompile.training.aware import aware_linears
+
+    return any(hasattr(linear, "clip") for linear in aware_linears(run.model).values())
+
+
+def without_clips(run: Run) -> Any:
+    """The same weights in a module without clips."""
+    module = run.recipe.build()
+    kept = {name: value for name, value in run.model.state_dict().items() if ".clip." not in name}
+    module.load_state_dict(kept)
+    return module.eval()
+
+
+def captured(module: Any, folder: Path) -> Path:
+    import torch
+
+    from qcompile.capture.torch_model import capture_module
+
+    path = folder / "model.onnx"
+    if not path.is_file():
+        module.config.use_cache = False
+        ids = torch.arange(20).reshape(2, 10)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        capture_module(module, inputs, SHAPES, folder, output_names=["logits"])
+    return path
+
+
+def as_feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def in_torch(module: Any, windows: np.ndarray) -> float:
+    import torch
+
+    module.eval()
+
+    def run(feeds: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            found: np.ndarray = module(**{name: torch.from_numpy(x) for name, x in feeds.items()}).logits.numpy()
+        return found
+
+    return perplexity(run, windows)
+
+
+def perplexity(run: Any, windows: np.ndarray) -> float:
+    """Over the held-out windows, 127 predictions each."""
+    nats: list[float] = []
+    for start in range(0, len(windows), BATCH):
+        batch = windows[start : start + BATCH]
+        logits = run(as_feeds(batch))
+        nats += [float(np.mean(next_token_nats(logits[i], batch[i]))) for i in range(len(batch))]
+    return round(math.exp(float(np.mean(nats))), 3)
+
+
+def totals(layers: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The sum over layers of outlier channels, and the largest of the other figures."""
+    found = {key: [figures[key] for figures in layers.values()] for key in LAST}
+    return {key: float(sum(v) if key == "outlier_channels" else max(v)) for key, v in found.items()}
+
+
+def step_times(recipe: SmallLm, rows: int, kurtosis: float, repeats: int = 9) -> dict[str, float]:
+    """Processor seconds of a step of each kind over those of a plain step: medians of steps that take turns."""
+    import torch
+
+    from benchmarks.training import VARIANTS
+    from qcompile.training import parameter_groups, quantization_aware
+
+    made: dict[str, tuple[Any, Any]] = {}
+    for name, variant in VARIANTS.items():
+        model: Any = recipe.build().train()
+        if name != "plain":
+            quantization_aware(model, variant.bits, kurtosis if variant.kurtosis else 0.0)
+        made[name] = (model, optimizer_of(parameter_groups(model, 1e-3, 0.1)))
+    ids = torch.randint(0, recipe.vocabulary, (rows, recipe.positions))
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(repeats + 1):
+        for name, (model, optimizer) in made.items():
+            begun = time.process_time()
+            model(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            times[name].append(time.process_time() - begun)
+    plain = times["plain"]
+    ratios = {n: [a / b for a, b in zip(t[1:], plain[1:], strict=True)] for n, t in times.items()}
+    return {name: round(statistics.median(found), 3) for name, found in ratios.items()}
+
+
+def digest(model: Any) -> str:
+    """Of all weights by name, in float32."""
+    sum_ = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        sum_.update(name.encode() + value.float().numpy().tobytes())
+    return sum_.hexdigest()
+
+
+def write(out: Path, everything: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("\n\n".join(tables(everything)) + "\n", encoding="utf-8")
+
+
+def tables(everything: dict[str, Any]) -> list[str]:
+    """Perplexities, what is asked of them, outliers, and the time of a step."""
+    rows = everything["variants"]
+    columns = ["W16A16", *NEAREST, *SOLVED]
+    shown = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    ratios = [[name, *(_ratio(row, column) for column in columns)] for name, row in rows.items()]
+    seen = {name: row["outliers"] for name, row in rows.items() if "outliers" in row}
+    outliers = [[name, *(f"{figures[key]:.4g}" for key in LAST)] for name, figures in seen.items()]
+    found = [
+        _table(["perplexity", *columns], shown),
+        _table(["over the same model at W16A16", *columns], ratios),
+        _table(["after the last step", "largest kurtosis of outputs", "outlier channels of all inputs",
+                "largest max/median of inputs", "largest weight over RMS"], outliers),
+    ]  # fmt: skip
+    if "step_times" in everything:
+        found.append(_table(["processor time of a step over plain", "ratio"],
+                            [[name, f"{value:.2f}"] for name, value in everything["step_times"].items()]))  # fmt: skip
+    return [*found, _about(everything), *filter(None, [everything.get("remarks", "").strip()])]
+
+
+def _about(everything: dict[str, Any]) -> str:
+    about = everything["about"]
+    return "\n".join(f"- {name}: {value}" for name, value in about.items())
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _ratio(row: dict[str, Any], column: str) -> str:
+    return f"{row[column] / row['W16A16']:.3f}" if column in row and "W16A16" in row else ""
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> None:
+    """Score every run and write NAME.json and NAME.md; scores of the same steps are kept."""
+    path = given.out.with_suffix(".json")
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"variants": {}}
+    everything: dict[str, Any] = {"kind": "training", "model": "small_lm", "about": {}, "variants": {}}
+    first = next(iter(runs.values()))
+    model = without_clips(first)
+    everything["about"] = {
+        "model": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {first.recipe}",
+        "text": f"{len(corpus.train)} tokens to train on, {len(corpus.valid)} held out; digest {corpus.digest[:16]}",
+        "training": f"{first.step} steps of {given.rows} x {first.recipe.positions} tokens, "
+        f"{first.step * given.rows * first.recipe.positions} tokens in all, rate {given.rate:g}, "
+        f"kurtosis {given.kurtosis:g}",
+        "weights of the plain model": digest(without_clips(runs["plain"])) if "plain" in runs else "",
+        "perplexity": f"{WINDOWS} held-out windows of {first.recipe.positions} tokens, spread evenly; "
+        f"calibration {CALIBRATION} windows",
+        "command": f"python -m benchmarks.training --text FILE --run DIR --out NAME --steps {first.step} "
+        f"--rows {given.rows} --every {given.every}",
+    }
+    if given.times:
+        everything["step_times"] = step_times(first.recipe, given.rows, given.kurtosis)
+    elif "step_times" in old:
+        everything["step_times"] = old["step_times"]
+    for name, run in runs.items():
+        kept = old["variants"].get(name, {})
+        everything["variants"][name] = kept if kept.get("steps") == run.step else {}
+    for name, run in runs.items():
+        score(run, everything["variants"][name], given.out, everything)
+    write(given.out, everything)

@@ -1,0 +1,274 @@
+"""Quantisers of activations with a learned range: the layers that training sees, and the grid that ships.
+
+    y = s * clamp(round(x / s), low - z, high - z)        s and z are scalars: static when the program runs
+Zero is always a code, so what training sees is exactly what QuantizeLinear and DequantizeLinear do later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from qcompile.capture.torch_clip import static_clip
+from qcompile.errors import UserError
+from qcompile.quant.numerics import SCALE_FLOOR
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+START_QUANTILE = 1e-4  # of the first batch's values lies outside the first range, on either side
+START_VALUES = 1 << 16
+UNITS = 16  # of the first range: what is smaller is learned by steps of one size, what is larger by shares of itself
+SLACK = 1e-5  # of a step; a value that close to an end is not cut
+
+
+class Quantiser(nn.Module):
+    """What the quantisers have in common: codes of ``bits``, a start on the first batch, and an export.
+
+    A range is learned in float32 at least. ``low`` and ``high`` are the codes that are used, within uint8.
+    """
+
+    name: ClassVar[str]
+    started: torch.Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise UserError(f"activations of {bits} bits", hint="2 to 8; 4 and 8 have kernels")
+        self.bits, self.low, self.high = bits, 0, 2**bits - 1
+        self.register_buffer("started", torch.zeros(1, dtype=torch.uint8))
+        for name in ("export_low", "export_high", "export_scale"):
+            self.register_buffer(name, torch.ones(()), persistent=False)
+        self.register_buffer("export_zero", torch.zeros((), dtype=torch.uint8), persistent=False)
+        self._known = False  # that it has started, without asking the device
+
+    def grid(self) -> Pair:
+        """Scale and zero point as the forward pass has them now, both scalars of shape (1,)."""
+        raise NotImplementedError
+
+    def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Set the range to ``low .. high``, shapes (1,)."""
+        raise NotImplementedError
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` on the grid, in float, with straight-through gradients."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            held = (self.export_low, self.export_high, self.export_scale, self.export_zero)
+            shipped: torch.Tensor = static_clip(x, *cast("tuple[torch.Tensor, ...]", held))
+            return shipped
+        if not self.has_started():
+            self._start_on(x)
+        return self.fake(x)
+
+    def has_started(self) -> bool:
+        """Whether there is a range: one was learned, loaded or taken from a first batch."""
+        if not self._known:
+            self._known = bool(self.started.item())
+        return self._known
+
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value on the grid."""
+        scale, zero = (float(part) for part in self.grid())
+        return (self.low - zero) * scale, (self.high - zero) * scale
+
+    @torch.no_grad()
+    def _start_on(self, x: torch.Tensor) -> None:
+        values = x.detach().flatten()
+        values = values[:: max(1, values.numel() // START_VALUES)].float()
+        ends = torch.stack([values.quantile(START_QUANTILE), values.quantile(1 - START_QUANTILE)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(ends)
+            ends /= torch.distributed.get_world_size()
+        low, high = ends[:1].clamp(max=0), ends[1:].clamp(min=0)
+        silent = high - low <= 0
+        self.start(torch.where(silent, -torch.ones_like(low), low), torch.where(silent, torch.ones_like(high), high))
+        self.mark_started()
+
+    def mark_started(self) -> None:
+        self.started.fill_(1)
+        self._known = True
+
+    def train(self, mode: bool = True) -> Quantiser:
+        """Also sets the constants of an export, when training ends."""
+        super().train(mode)
+        self._known = False  # a state dict may have been loaded
+        if not mode and not self.started.is_meta and self.has_started():
+            with torch.no_grad():
+                scale, zero = (part.float().reshape(()) for part in self.grid())
+                self.export_scale, self.export_zero = scale, zero.to(torch.uint8)
+                self.export_low, self.export_high = (self.low - zero) * scale, (self.high - zero) * scale
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._known = False
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class ActClip(Quantiser):
+    """Asymmetric, with both ends learned: c_minus <= 0 <= c_plus.
+
+        s = (c_plus - c_minus) / N,   z = round(-c_minus / s),   N = 2^bits - 1
+    An end on the wrong side of zero counts as zero. The gradients are those of the same function with each round(u)
+    replaced by u plus a constant.
+    The parameters c_minus and c_plus are on a scale of their own, end = unit * sinh(parameter): an optimizer whose
+    steps have one size, as Adam's have, moves every range by a share of itself, be it 0.01 or 100 wide.
+    Source: arXiv 2404.03605 (PACT with two ends); the zero is aligned during training already.
+    """
+
+    name: ClassVar[str] = "clip"
+    unit: torch.Tensor
+
+    def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
+        super().__init__(bits)
+        self.c_minus, self.c_plus = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.register_buffer("unit", torch.ones(1))
+        self.start(torch.tensor([-reach]), torch.tensor([reach]))
+
+    def grid(self) -> Pair:
+        return _scale_and_zero(*self._range(), self.high)
+
+    def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.unit.copy_((high - low) / UNITS)
+        self.c_minus.data.copy_(torch.asinh(low / self.unit))
+        self.c_plus.data.copy_(torch.asinh(high / self.unit))
+
+    def learned_ends(self) -> Pair:
+        """Both ends as they were learned, shapes (1,): c_minus may be above c_plus where training went astray."""
+        ends = (end if end.dtype == torch.float64 else end.float() for end in (self.c_minus, self.c_plus))
+        low, high = (self.unit.to(end.dtype) * torch.sinh(end) for end in ends)
+        return low, high
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _Affine.apply(x, *self._range(), self.high)  # type: ignore[no-untyped-call]
+        return found
+
+    def _range(self) -> Pair:
+        low, high = self.learned_ends()
+        return low.clamp(max=0), high.clamp(min=0)
+
+
+def _scale_and_zero(low: torch.Tensor, high: torch.Tensor, levels: int) -> Pair:
+    scale = ((high - low) / levels).clamp(min=SCALE_FLOOR)
+    return scale, torch.round(-low / scale)
+
+
+class _Affine(torch.autograd.Function):
+    """Fake quantisation to ``levels`` + 1 codes; keeps nothing but its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int) -> torch.Tensor:
+        scale, zero = _scale_and_zero(low, high, levels)
+        ctx.save_for_backward(x, low, scale, zero)
+        ctx.levels = levels
+        codes = _steps(x, scale)
+        return codes.round_().clamp_(*_ends(zero, levels)).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With r = round(u) - u inside, u = x / s, and e = -low / s - z, what rounding took from the zero point:
+
+        d/dhigh = (sum_in g r) / N + sum_above g (1 + e / N) + sum_below g e / N
+        d/dlow  = -(sum_in g r) / N - sum_above g e / N + sum_below g (1 - e / N)
+        What is outside stands at one of the two ends, so two sums tell above from below.
+        """
+        x, low, scale, zero = ctx.saved_tensors
+        levels, grad = ctx.levels, grads[0].to(scale.dtype).contiguous()
+        steps = _steps(x, scale)
+        kept = steps.clamp(*_ends(zero, levels))
+        inside = _inside(grad, steps, kept, _ends(zero, levels))
+        outside = grad - inside
+        cut, ends = outside.sum(), torch.dot(outside.view(-1), kept.view(-1))
+        rounding = torch.dot(inside.view(-1), kept.round_().sub_(steps).view(-1))
+        above = (ends + zero * cut) / levels
+        below = cut - above
+        share = (-low / scale - zero) / levels
+        d_high = rounding / levels + above * (1 + share) + below * share
+        d_low = -rounding / levels - above * share + below * (1 - share)
+        return inside.to(x.dtype), d_low, d_high, None
+
+
+def _steps(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / s in the precision of the scale; always a new tensor."""
+    return (x.to(scale.dtype) / scale).contiguous()
+
+
+def _ends(zero: torch.Tensor, levels: int) -> tuple[Any, Any]:
+    """The ends of the range in steps: numbers on a CPU, where tensors as bounds are slow; else no device waits."""
+    if zero.device.type == "cpu":
+        origin = zero.item()
+        return -origin, levels - origin
+    return -zero, levels - zero
+
+
+def _inside(grad: torch.Tensor, steps: torch.Tensor, kept: torch.Tensor, ends: tuple[Any, Any]) -> torch.Tensor:
+    """``grad`` where nothing was cut, else 0; a value on an end is not cut."""
+    if grad.device.type != "cpu":
+        return torch.where(kept == steps, grad, 0)
+    found: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, steps, ends[0] - SLACK, ends[1] + SLACK)
+    return found
+
+
+class Pact(Quantiser):
+    """PACT for signed inputs: one learned end, alpha; its gradient is that of what is clipped, rounding apart.
+
+    Source: arXiv 1805.06085.
+    """
+
+    name: ClassVar[str] = "pact"
+
+    def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
+        super().__init__(bits)
+        self.low, self._middle = 1, 2 ** (bits - 1)
+        self.alpha = nn.Parameter(torch.tensor([reach]))
+
+    def grid(self) -> Pair:
+        scale = (self.alpha.float() / (self.high - self._middle)).clamp(min=SCALE_FLOOR)
+        return scale, torch.full_like(scale, self._middle)
+
+    def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.alpha.data.copy_(torch.maximum(-low, high))
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        scale, _ = self.grid()
+        alpha = self.alpha.float()
+        clipped = torch.maximum(torch.minimum(x.float(), alpha), -alpha)
+        return (clipped + (torch.round(clipped / scale) * scale - clipped).detach()).to(x.dtype)
+
+
+class Lsq(Quantiser):
+    """LSQ: the step is learned, its gradient divided by sqrt(values * largest code).
+
+    Source: arXiv 1902.08153.
+    """
+
+    name: ClassVar[str] = "lsq"
+
+    def __init__(self, bits: int = 4, reach: float = 4.0) -> None:
+        super().__init__(bits)
+        self._middle = 2 ** (bits - 1)
+        self.step = nn.Parameter(torch.tensor([reach / (self.high - self._middle)]))
+
+    def grid(self) -> Pair:
+        scale = self.step.float().clamp(min=SCALE_FLOOR)
+        return scale, torch.full_like(scale, self._middle)
+
+    def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.step.data.copy_(torch.maximum(-low, high) / (self.high - self._middle))
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        most = self.high - self._middle
+        scale, _ = self.grid()
+        share = (x.numel() * most) ** -0.5
+        scale = scale * share + (scale - scale * share).detach()
+        codes = (x.float() / scale).clamp(-self._middle, most)
+        found: torch.Tensor = ((codes + (codes.round() - codes).detach()) * scale).to(x.dtype)
+        return found
+
+
+QUANTISERS: dict[str, type[ActClip] | type[Pact] | type[Lsq]] = {kind.name: kind for kind in (ActClip, Pact, Lsq)}
