@@ -36,7 +36,6 @@ class IntOnly(Pass):
 
     positions: the longest text, in tokens, that rotary embeddings have tables for and sums are proven for
     probability_bits: of attention weights, 8 or 16
-    query_bits: of attention's queries, 8 to 14: above 8 they take a second product
     strict: an operator without an integer form is an error
     """
 
@@ -47,19 +46,17 @@ class IntOnly(Pass):
 
     positions: int = 4096
     probability_bits: Literal[8, 16] = 16
-    query_bits: int = 8
     strict: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 1, MOST_POSITIONS, "positions")
-        check_range(self, 8, 14, "query_bits")
 
     def run(self, model: ir.Model, ctx: Context) -> int:
         cached = bool(caches(model.graph))
         if cached and self.positions > MOST_POSITIONS // 2:
             what = f"positions={self.positions} is too long for a model with a cache"
             raise UserError(what, hint=f"at most {MOST_POSITIONS // 2} there")
-        converter = convert(model, ctx, Settings(self.positions, self.probability_bits, self.query_bits), RULES)
+        converter = convert(model, ctx, Settings(self.positions, self.probability_bits), RULES)
         if self.strict and converter.floats:
             node, why = converter.floats[0]
             more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""

@@ -1,5 +1,4 @@
-"""Attention in integers: 8-bit keys and values, queries of one byte or two, and weights that are normalised after the
-last product.
+"""Attention in integers: 8-bit queries, keys and values, and weights that are normalised after the last product.
 
 Keys are stored about the middle of each channel's range, which adds the same number to all scores of a query, and
 a softmax does not see it; values too, which comes back as a constant, since weights sum to one. What is left is
@@ -76,8 +75,7 @@ class _Attention:
         together = np.maximum(q_reach.max(axis=1), TINY)
         share = k_reach**BALANCE / together ** (1 - BALANCE)  # (heads, width): keys are divided by it
         k_step = (k_reach / share).max(axis=1) / TOP
-        finer = self.c.settings.query_bits - 8
-        q_step = (q_reach * share[:, None]).max(axis=(1, 2)) / (TOP << finer)
+        q_step = (q_reach * share[:, None]).max(axis=(1, 2)) / TOP
         scale = float(self.node.attributes["scale"].as_float())
         unit = q_step * k_step * scale  # of the scores, by head: one lift serves all
         unit = np.maximum(unit, max(unit.max() / ALIKE, np.log(2) / MOST_PERIOD))
@@ -85,10 +83,10 @@ class _Attention:
         keys = self._codes(k, k_middle, 1 / (share * k_step[:, None]))
         values = self._codes(v, v_middle, TOP / v_reach)
         per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
-        most = TOP << finer
-        steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -most, most)
-        turned = self._beside(emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2]), I8)
-        scores = self._scores(emit.put("Add", [steps, emit.int32(MIDDLE << finer)]), turned, finer)
+        steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -TOP, TOP)
+        queries = self._split(emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8), U8)
+        turned = emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2])
+        scores = self._product(queries, self._beside(turned, I8), MIDDLE)
         if bias is not None:
             scores = self.emit.put("Add", [scores, self._bias(bias, unit)])
         parts, total = self._weights(scores, self._spread(mask), np.log(2) / unit)
@@ -122,17 +120,6 @@ class _Attention:
         bound = x.bound + int(np.abs(centre).max())
         steps = self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -TOP, TOP)
         return self.emit.cast(steps, I8)
-
-    def _scores(self, queries: ir.Value, keys: ir.Value, finer: int) -> ir.Value:
-        """Of queries with ``MIDDLE << finer`` added: high bytes count 2^finer, the rest is a product apart."""
-        emit, unit = self.emit, self.emit.int32(1 << finer)
-        high = emit.put("Div", [queries, unit]) if finer else queries
-        scores = self._product(self._split(emit.cast(high, U8), U8), keys, MIDDLE)
-        if not finer:
-            return scores
-        low = emit.cast(emit.put("Mod", [queries, unit]), U8)
-        rest = self._product(self._split(low, U8), keys, 0)
-        return emit.put("Add", [emit.put("Mul", [scores, unit]), rest])
 
     def _split(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
         """(B, H, S, n) -> (B, heads, groups, S, n)"""

@@ -32,12 +32,10 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """positions: table rows of rotary embeddings; probability_bits: of attention's weights, 8 or 16; query_bits: of its
-    queries, 8 to 14"""
+    """positions: table rows of rotary embeddings; probability_bits: of attention's weights, 8 or 16"""
 
     positions: int = 4096
     probability_bits: int = 16
-    query_bits: int = 8
 
 
 Rule = Callable[["Converter", ir.Node], None]

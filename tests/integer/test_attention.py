@@ -47,17 +47,6 @@ def test_close_to_floats(heads: int, mask: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("heads", (4, 2))
-def test_finer_queries_are_nearer(heads: int) -> None:
-    feeds = case(heads, reach=5.0)
-    feeds["v"] = np.rint(case(heads)["v"] * 63.5) / np.float32(63.5)  # on their grid already
-    squares = []
-    for bits in (8, 12):
-        before, after = (outputs[0] for outputs in attended(feeds, "zero", settings=Settings(64, 16, bits)).run(feeds))
-        squares.append(np.square(before - after).mean())
-    assert squares[1] < 0.6 * squares[0]  # what is left is the rounding of keys
-
-
-@pytest.mark.parametrize("heads", (4, 2))
 def test_a_constant_bias_of_each_head(heads: int) -> None:
     feeds = case(heads)
     bias = drawn(1, HEADS, LENGTH, LENGTH, reach=3.0, seed=9)
