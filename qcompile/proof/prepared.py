@@ -22,6 +22,7 @@ from qcompile.proof.floats import float_attributes_of
 from qcompile.proof.intervals import Finding, finding
 
 BOUNDS = "qcompile.bounds"  # metadata of the model: JSON, dim name -> largest size
+SMALL_BYTES = 4096
 _INFERENCE = "onnx_ir.passes.common.shape_inference"
 
 
@@ -117,8 +118,18 @@ def forget_types(model: ir.Model) -> None:
                     value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
+def _hold_small(model: ir.Model) -> None:
+    """Read small constants that lie beside the file: inference computes with them, and refuses what it cannot see."""
+    for graph in model.graphs():
+        for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
+            held = value.const_value
+            if isinstance(held, ir.ExternalTensor) and held.nbytes <= SMALL_BYTES:
+                value.const_value = ir.tensor(held.numpy().copy(), name=value.name)
+
+
 def infer(model: ir.Model) -> str:
     """Strict inference, which checks every operand's type; where it fails (told), what can be known without it."""
+    _hold_small(model)
     with _complaints() as complaints:
         onnx_passes.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
     if complaints:

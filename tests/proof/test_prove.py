@@ -165,6 +165,18 @@ def test_external_weights_are_mapped_and_may_not_leave_the_folder(tmp_path: Path
         prove(path)
 
 
+def test_a_small_table_beside_the_file_is_read(tmp_path: Path) -> None:
+    model = parsed(
+        "g (int32[B] x) => (int32[B] y) <int32[3] k, int32[1] z> { s = Shape (x) i = Mod (s, three) p = Gather (k, i)"
+        " y = Add (x, z) w = Add (p, z) }".replace("int32[1] z>", "int32[1] z, int64[1] three>")
+    )
+    del model.graph.value_info[:]
+    for name, values in (("k", np.int32([1, 2, 4])), ("z", np.int32([0])), ("three", np.int64([3]))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="k.bin", size_threshold=0)
+    assert [one.text for one in prove(tmp_path / "m.onnx", levels=()).findings if one.kind == "type"] == []
+
+
 def test_a_large_table_is_looked_up_without_a_copy(tmp_path: Path) -> None:
     rows = np.zeros((50_000, 16), np.int8)
     rows[7, 3], rows[8, 4] = 100, -99
