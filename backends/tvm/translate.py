@@ -99,7 +99,8 @@ class _Walker:
     def _input(self, value: ir.Value) -> relax.Var:
         dtype = DTYPES.get(value.dtype) if value.dtype is not None else None
         if dtype is None or value.shape is None:
-            raise UserError(f"TVM: input '{value.name}' has type {value.dtype} and shape {value.shape}")
+            what = f"TVM: input '{value.name}' has type {value.dtype} and shape {value.shape}"
+            raise UserError(what, hint="declare its type and rank in the graph, or compile with --target cpu")
         shape = tuple(self._dim(side, f"{value.name}_{n}") for n, side in enumerate(value.shape))
         variable = relax.Var(re.sub(r"\W", "_", str(value.name)), relax.TensorType(list(shape), dtype))
         self._values[value] = Tensor(shape, dtype, leaf=variable)
