@@ -71,8 +71,8 @@ def measure(model: nn.Module, batches: Iterable[Batch]) -> Figures:
     """
     linears = {name: part for name, part in model.named_modules() if is_linear(part)}
     if not linears:
-        what, hint = "the model has no linear layer to look at", "give the model itself, with its nn.Linear or Conv1D layers"
-        raise UserError(what, where=type(model).__name__, hint=hint)
+        hint = "give the model itself, with its nn.Linear or Conv1D layers"
+        raise UserError("the model has no linear layer to look at", where=type(model).__name__, hint=hint)
     sums = {name: _Sums() for name in linears}
     with _watching(linears, sums), _evaluating(model):
         for batch in batches:
