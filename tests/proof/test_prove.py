@@ -171,7 +171,7 @@ def test_a_small_table_beside_the_file_is_read(tmp_path: Path) -> None:
         " y = Add (x, z) w = Add (p, z) }".replace("int32[1] z>", "int32[1] z, int64[1] three>")
     )
     del model.graph.value_info[:]
-    for name, values in (("k", np.int32([1, 2, 4])), ("z", np.int32([0])), ("three", np.int64([3]))):
+    for name, values in (("k", np.array([1, 2, 4], np.int32)), ("z", np.zeros(1, np.int32)), ("three", np.array([3]))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="k.bin", size_threshold=0)
     assert [one.text for one in prove(tmp_path / "m.onnx", levels=()).findings if one.kind == "type"] == []
