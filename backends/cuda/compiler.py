@@ -1,4 +1,4 @@
-"""nvcc on a program's source, in a folder of its own: PTX, machine code, and what the compiler said. No GPU is needed."""
+"""nvcc on a program's source, in a folder of its own: PTX, machine code, and what it said of them. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCE, PTX, CUBIN = "program.cu", "program.ptx", "program.cubin"
 INSTALL = "pip install nvidia-cuda-nvcc, and put the bin folder that it brings on PATH"
 # Products and sums stay apart, as everywhere else: a fused one would round once where ONNX rounds twice.
 OPTIONS = ("-O3", "-std=c++17", "-fmad=false", "-Xptxas", "-v")
-COUNTED = {"dp4a": "dp4a.", "tensor cores": "mma.", "16-byte loads": "ld.global.nc.v4", "8-byte loads": "ld.global.nc.v2"}
+COUNTED = {"dp4a": "dp4a.", "tensor cores": "mma.", "16-byte loads": "ld.global.nc.v4"}
 
 
 def require_nvcc() -> str:
@@ -36,7 +36,7 @@ def compile_source(source: str, architecture: str, folder: Path) -> dict[str, Re
             done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
             said = done.stderr + done.stdout
             if done.returncode:
-                lines = [line for line in said.splitlines() if "error" in line or "fatal" in line] or ["no reason given"]
+                lines = [one for one in said.splitlines() if "error" in one or "fatal" in one] or ["no reason given"]
                 raise UserError(f"nvcc cannot compile {SOURCE}: {lines[0][:300]}", hint=INSTALL)
         for name in (SOURCE, PTX, CUBIN):
             shutil.copyfile(place / name, folder / name)

@@ -61,7 +61,8 @@ class Driver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(status, ctypes.byref(text))
             said = (text.value or b"").decode() or f"error {status}"
-            raise UserError(f"CUDA: {name}: {said}", hint="is the program for this GPU? sm_80 code runs on 8.x, sm_90 on 9.0")
+            hint = "is the program for this GPU? sm_80 code runs on 8.x, sm_90 on 9.0"
+            raise UserError(f"CUDA: {name}: {said}", hint=hint)
 
 
 def _size(array: np.ndarray) -> ctypes.c_size_t:

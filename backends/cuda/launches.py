@@ -8,7 +8,7 @@ ensures:  nothing of the host code is left: a loader needs the plan and the driv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tvm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,4 +149,4 @@ class Session:
 
 
 def _bytes(slot: Mapping[str, Any], dims: Sequence[int]) -> int:
-    return int(np.prod([dims[dim] for dim in slot["dims"]], dtype=np.int64)) * np.dtype(slot["dtype"]).itemsize
+    return math.prod(dims[dim] for dim in slot["dims"]) * int(np.dtype(slot["dtype"]).itemsize)

@@ -87,7 +87,7 @@ class Cuda:
         return {
             "ship": ship,
             "bytes": sum((folder / name).stat().st_size for name in ship),
-            "run": [f"the same operators, compiled by LLVM for {platform.machine()}: the figures of this report are theirs"],
+            "run": [f"the same operators, compiled by LLVM for {platform.machine()}: the report's figures are theirs"],
             "not_run": [
                 f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self.arch}, "
                 f"{registers} registers a thread at most, {spilled} bytes spilled; in PTX {told}"
