@@ -109,7 +109,7 @@ def test_a_machine_without_nvcc_is_told_before_the_work(monkeypatch: pytest.Monk
 
 def test_a_misspelt_arch_gets_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
-        backends.by_name("cuda{arch=sm_09}")
+        backends.by_name("cuda{arch=sm90}")
     assert caught.value.hint == "did you mean sm_90?"
 
 
