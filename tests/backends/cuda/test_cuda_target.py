@@ -110,7 +110,7 @@ def test_a_machine_without_nvcc_is_told_before_the_work(monkeypatch: pytest.Monk
 def test_a_misspelt_arch_gets_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
         backends.by_name("cuda{arch=sm90}")
-    assert caught.value.hint == "did you mean sm_90?"
+    assert str(caught.value.hint).startswith("did you mean sm_90")
 
 
 def test_targets_list_it(capsys: pytest.CaptureFixture[str]) -> None:
