@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
     "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
+    "cuda": "qcompile.backends.cuda.target:Cuda",
     "android": "qcompile.backends.mobile.targets:Android",
     "ios": "qcompile.backends.mobile.targets:Ios",
 }
@@ -37,9 +38,12 @@ def by_name(name: str) -> Backend:
 
 def missing(name: str) -> str:
     """What this machine lacks to run programs of target ``name``, and how to get it; empty where nothing. No import."""
+    from ctypes.util import find_library
     from importlib.util import find_spec
 
     if ".mobile." in TARGETS[name]:
         return "a phone: see README.md in its folder"
+    if ".cuda." in TARGETS[name]:
+        return "" if find_library("cuda") else "no driver of an NVIDIA GPU; it compiles here where nvcc is"
     module, extra = ("tvm", "tvm") if ".tvm." in TARGETS[name] else ("onnxruntime", "cpu")
     return "" if find_spec(module) else f"{module} is not installed: pip install 'qcompile-nn[{extra}]'"

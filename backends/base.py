@@ -92,8 +92,12 @@ def open_session(folder: Path, *, threads: int | None = None, library: Path | No
     from qcompile.calibration.library import library_beside
 
     if (folder / TVM_PROGRAM).is_file():
-        from qcompile.backends.tvm.program import Session
+        from qcompile.backends.tvm.program import Session, describe
 
+        if describe(folder)["device"] == "cuda":
+            from qcompile.backends.cuda.program import Session as OnGpu
+
+            return OnGpu(folder)
         return Session(folder, threads)
     path = folder / "model.onnx"
     if not path.is_file():

@@ -55,8 +55,8 @@ def _describe(
         "target": {key: value for key, value in target.export().items() if key != "tag"},
         "device": {"llvm": "cpu"}.get(target.kind.name, target.kind.name),
         "function": "main",
-        "inputs": [_port(value) for value in model.graph.inputs],
-        "outputs": [_port(value) for value in model.graph.outputs],
+        "inputs": [port_of(value) for value in model.graph.inputs],
+        "outputs": [port_of(value) for value in model.graph.outputs],
         "parameters": list(held),
         "kernels": list(products),
     }
@@ -64,7 +64,8 @@ def _describe(
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _port(value: ir.Value) -> dict[str, Any]:
+def port_of(value: ir.Value) -> dict[str, Any]:
+    """Name, type and shape of an input or output, as ``program.json`` has them."""
     assert value.dtype is not None
     shape = None
     if value.shape is not None:

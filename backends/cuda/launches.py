@@ -1,0 +1,142 @@
+"""Calls of PrimFuncs become launches: grids, blocks and arguments over the dims of the program's inputs.
+
+rewrite:  step of a plan  ->  the launches of its PrimFunc, as TVM's split into host and device code has them
+needs:    host code that only names buffers, computes dims, sets scratch aside and launches
+ensures:  nothing of the host code is left: a loader needs the plan and the driver
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.ir.instrument import pass_instrument
+from tvm.target import Target
+
+from qcompile.backends.mobile.plan import Code, Plan, Slot
+from qcompile.backends.tvm.schedule import SLOW
+from qcompile.errors import ContractError
+
+_BINARY = {
+    "Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "FloorMod": "%", "Max": "max", "Min": "min",
+}  # fmt: skip
+_LAUNCH = "call_ffi_kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of step ``step``. ``arguments``: ("tensor", slot) or (dtype, expression); ``grid``, ``block``: x."""
+
+    step: int
+    kernel: str
+    grid: int
+    block: int
+    arguments: tuple[tuple[str, int], ...]
+
+
+@pass_instrument
+class _Split:
+    """Keeps the module as it is where host and device code part."""
+
+    def run_after_pass(self, module: Any, info: Any) -> None:
+        if info.name.endswith("SplitHostDevice"):
+            self.module = module
+
+
+def compiled(module: tvm.IRModule, kernels: Sequence[str], architecture: str) -> tuple[str, tvm.IRModule]:
+    """The CUDA source of the PrimFuncs ``kernels``, and the functions that launch it, as TIR."""
+    functions = {name: module[name].with_attr("global_symbol", name) for name in kernels}
+    split = _Split()
+    target = Target({"kind": "cuda", "arch": architecture}, host="llvm")
+    with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
+        made = tvm.compile(tvm.IRModule(functions), target=target)
+    (code,) = made.mod.imports
+    return code.inspect_source("cuda"), split.module
+
+
+def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[Launch]:
+    """Every launch of ``plan`` in order; scratch of the host code becomes temporaries of ``plan``."""
+    reader = _Reader(plan)
+    found: list[Launch] = []
+    for number, step in enumerate(plan.steps):
+        name = plan.kernels[step.kernel]
+        found += reader.read(number, module[name], host[name], step.arguments)
+    return found
+
+
+class _Reader:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._numbers = {code: number for number, code in enumerate(plan.expressions)}
+
+    def read(self, step: int, function: Any, host: Any, arguments: Sequence[tuple[str, int]]) -> list[Launch]:
+        """``function``: before the lowering, whose buffers have shapes; ``host``: what launches it."""
+        self._dims: dict[str, Code] = {}
+        self._tensors: dict[Any, int] = {}
+        self._step, self._found = step, list[Launch]()
+        for before, after, (kind, one) in zip(function.params, host.params, arguments, strict=True):
+            if kind == "dim":
+                self._dims[after.name] = self._plan.expressions[one]
+                continue
+            self._tensors[after] = one
+            for side, dim in zip(before.shape, self._plan.slots[one].dims, strict=True):
+                if isinstance(side, tirx.Var):
+                    self._dims[side.name] = self._plan.expressions[dim]
+        self._statement(host.body)
+        return self._found
+
+    def _statement(self, found: Any) -> None:
+        kind = type(found).__name__
+        if kind == "SeqStmt":
+            for one in found.seq:
+                self._statement(one)
+        elif kind == "DeclBuffer":
+            self._tensors[found.buffer] = self._tensors[found.data.args[0]]
+        elif kind == "Bind":
+            self._dims[found.var.name] = self._code(found.value)
+        elif kind == "AllocBuffer":
+            self._tensors[found.buffer] = self._scratch(found.buffer)
+        elif kind == "Evaluate" and str(getattr(found.value.op, "name", "")).endswith(_LAUNCH):
+            self._launch(found.value)
+        elif kind != "Evaluate" or not isinstance(found.value, tirx.IntImm):
+            raise ContractError(f"host code has a {kind}", where="the launches of the program")
+
+    def _scratch(self, buffer: Any) -> int:
+        dims = tuple(self._number(self._code(side)) for side in buffer.shape)
+        self._plan.slots.append(Slot("temporary", 0, str(buffer.dtype), dims, self._step, self._step))
+        return len(self._plan.slots) - 1
+
+    def _launch(self, call: Any) -> None:
+        name, *given = call.args
+        *values, grid, block = given
+        if [str(one) for one in call.attrs["launch_params"]] != ["blockIdx.x", "threadIdx.x"]:
+            raise ContractError("a launch has more than a grid and a block in x", where=str(name.value))
+        arguments = [self._argument(one) for one in values]
+        made = Launch(self._step, str(name.value), self._number(self._code(grid)), int(block), tuple(arguments))
+        self._found.append(made)
+
+    def _argument(self, one: Any) -> tuple[str, int]:
+        if type(one).__name__ == "Call":  # the place of a buffer
+            return "tensor", self._tensors[one.args[0]]
+        return str(one.ty.dtype), self._number(self._code(one))
+
+    def _number(self, code: Code) -> int:
+        if code not in self._numbers:
+            self._numbers[code] = len(self._numbers)
+            self._plan.expressions.append(code)
+        return self._numbers[code]
+
+    def _code(self, dim: Any) -> Code:
+        if isinstance(dim, int | tirx.IntImm):
+            return (("number", int(dim)),)
+        if isinstance(dim, tirx.Cast):
+            return self._code(dim.value)
+        if isinstance(dim, tirx.Var):
+            return self._dims[dim.name]
+        name = type(dim).__name__
+        if name not in _BINARY:
+            raise ContractError(f"host code computes {dim}", where="the launches of the program")
+        return (*self._code(dim.a), *self._code(dim.b), (_BINARY[name], 0))
