@@ -149,4 +149,4 @@ class Session:
 
 
 def _bytes(slot: Mapping[str, Any], dims: Sequence[int]) -> int:
-    return math.prod(dims[dim] for dim in slot["dims"]) * int(np.dtype(slot["dtype"]).itemsize)
+    return int(math.prod(dims[dim] for dim in slot["dims"])) * np.dtype(slot["dtype"]).itemsize
