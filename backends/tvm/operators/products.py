@@ -11,6 +11,7 @@ from tvm import tirx
 from qcompile.backends.tvm import linears
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.operation import Operation
+from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
@@ -216,7 +217,7 @@ def _weights(scope: Scope, scores: Tensor, bias: Tensor, scale: float) -> Tensor
         ))  # fmt: skip
         last = [raw.rank - 1]
         top = inner.reduce("max", biased, last)
-        grown = inner.force(elementwise(inner, "Exp", [biased, top], lambda a, b: tirx.exp(a - b), raw.dtype))
+        grown = inner.force(elementwise(inner, "Exp", [biased, top], lambda a, b: floats.exp(a - b, raw.dtype), raw.dtype))
         total = inner.reduce("sum", grown, last)
         return [elementwise(inner, "Share", [grown, total], lambda a, b: a / b, raw.dtype)]
 
