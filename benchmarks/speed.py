@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed --model minilm --stsb DIR --out benchmarks/results/minilm_speed
 
-A row is RECIPE[:PASS+PASS][=TARGET], such as w8a8_static:os_plus=llvm. One thread unless --threads says otherwise, no spinning. Trust the ratios:
+A row is RECIPE[:PASS+PASS][=TARGET], such as w8a8_static:os_plus=llvm.
+ One thread unless --threads says otherwise, no spinning. Trust the ratios:
 whatever else the machine does falls on all programs alike, and least on CPU time, which does not count waiting for a
 CPU. Programs that --programs already holds (``accuracy`` leaves them there) are not made again.
 """

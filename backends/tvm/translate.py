@@ -57,7 +57,7 @@ class Translation:
 def translated(model: ir.Model, *, tiles: bool = True, target: Any = None, accuracy_level: int = 1) -> Translation:
     """As ``translate``, and what it made of each product.
 
-    ``target``: linear layers take its low-bit kernels, weight-only ones those of ``accuracy_level``; None: no such kernel
+    ``target``: linear layers take its low-bit kernels, None for loops; ``accuracy_level``: of weight-only ones
     """
     return _Walker(model, Program(tiles, target, accuracy_level)).run()
 

@@ -70,7 +70,8 @@ def test_integers_are_the_bits_of_the_loops(target: Any, x_dtype: str, zero: int
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_integer_product_of_the_program(target: Any) -> None:
     weights = {"w": RANDOM.integers(-128, 128, (70, 50)).astype(np.int8), "z": np.array(7, np.uint8)}
-    program = both("g (uint8[b, n, 70] x) => (int32[b, n, 50] y) { y = MatMulInteger (x, w, z) }", weights, target=target)
+    text = "g (uint8[b, n, 70] x) => (int32[b, n, 50] y) { y = MatMulInteger (x, w, z) }"
+    program = both(text, weights, target=target)
     assert kernels_of(program) == [("matmul_integer", True)]
     program.same(x=RANDOM.integers(0, 256, (3, 7, 70)).astype(np.uint8))
 
