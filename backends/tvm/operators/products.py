@@ -217,7 +217,9 @@ def _weights(scope: Scope, scores: Tensor, bias: Tensor, scale: float) -> Tensor
         ))  # fmt: skip
         last = [raw.rank - 1]
         top = inner.reduce("max", biased, last)
-        grown = inner.force(elementwise(inner, "Exp", [biased, top], lambda a, b: floats.exp(a - b, raw.dtype), raw.dtype))
+        grown = inner.force(elementwise(
+            inner, "Exp", [biased, top], lambda a, b: floats.exp(a - b, raw.dtype), raw.dtype
+        ))  # fmt: skip
         total = inner.reduce("sum", grown, last)
         return [elementwise(inner, "Share", [grown, total], lambda a, b: a / b, raw.dtype)]
 

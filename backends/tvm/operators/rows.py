@@ -75,7 +75,9 @@ def softmax(scope: Scope, x: Tensor, axis: int) -> Tensor:
         source = inputs[0]
         top = inner.reduce("max", source, [axis])
         kind = source.dtype
-        grown = inner.force(elementwise(inner, ("Exp", kind), [source, top], lambda a, b: floats.exp(a - b, kind), kind))
+        grown = inner.force(elementwise(
+            inner, ("Exp", kind), [source, top], lambda a, b: floats.exp(a - b, kind), kind
+        ))  # fmt: skip
         total = inner.reduce("sum", grown, [axis])
         return [elementwise(inner, ("Div", kind), [grown, total], lambda a, b: a / b, kind)]
 
