@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed --model minilm --stsb DIR --out benchmarks/results/minilm_speed
 
-A row is RECIPE[:PASS+PASS][=TARGET]. One thread unless --threads says otherwise, no spinning. Trust the ratios:
+A row is RECIPE[:PASS+PASS][=TARGET], such as w8a8_static:os_plus=llvm.
+ One thread unless --threads says otherwise, no spinning. Trust the ratios:
 whatever else the machine does falls on all programs alike, and least on CPU time, which does not count waiting for a
 CPU. Programs that --programs already holds (``accuracy`` leaves them there) are not made again.
 """
@@ -28,14 +29,17 @@ ROWS = "float,w8a8_static:os_plus,w8a8:os_plus"
 
 
 def programs(name: str, rows: Sequence[str], model: Path, folder: Path, calibration: Path) -> dict[str, Path]:
-    """The files to time by their names in the table; the float export is the first."""
+    """What to time by its name in the table, an ONNX file or the folder of another program; the float export first."""
+    from qcompile.backends.base import TVM_PROGRAM
+    from qcompile.commands.bench import program_at
+
     found = {"float export": model}
     made = {"model": model, "calibration": calibration}
     for wanted in map(options.Wanted.parse, rows):
         target = folder / wanted.file(name) / options.PLAIN
-        if not (target / "model.onnx").is_file():
+        if not any((target / name).is_file() for name in ("model.onnx", TVM_PROGRAM)):
             _check(run_job("compile", out=target, **made, **wanted.settings).error, wanted.name)
-        found[wanted.name] = target / "model.onnx"
+        found[wanted.name] = program_at(target)
     call, package, _ = PEERS[UNCALIBRATED]
     target = folder / f"{name}-{UNCALIBRATED}" / f"{options.PLAIN}.onnx"
     target.parent.mkdir(exist_ok=True)
@@ -98,10 +102,9 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[list[
 
 
 def _runner(path: Path, feeds: protocol.Arrays, threads: int) -> Callable[[], Any]:
-    from qcompile.calibration.library import library_beside
-    from qcompile.calibration.runner import open_session
+    from qcompile.commands.bench import opened
 
-    session = open_session(path, threads=threads, library=library_beside(path))
+    session = opened(path, threads)
     wanted = {i.name for i in session.get_inputs()}
     return functools.partial(session.run, None, {k: v for k, v in feeds.items() if k in wanted})
 

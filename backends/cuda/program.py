@@ -149,4 +149,5 @@ class Session:
 
 
 def _bytes(slot: Mapping[str, Any], dims: Sequence[int]) -> int:
-    return int(math.prod(dims[dim] for dim in slot["dims"])) * np.dtype(slot["dtype"]).itemsize
+    item: int = np.dtype(slot["dtype"]).itemsize
+    return int(math.prod(dims[dim] for dim in slot["dims"])) * item

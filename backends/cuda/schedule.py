@@ -9,7 +9,8 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 
-from qcompile.backends.tvm.schedule import SCHEDULED, SPATIAL
+from qcompile.backends.tvm.schedule import SPATIAL
+from qcompile.backends.tvm.written import SCHEDULED
 
 THREADS = 256
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel
+from qcompile.backends.base import Kernel, spelled
 from qcompile.backends.tvm.require import require_tvm
+from qcompile.errors import UserError
 from qcompile.pipeline import Context, Target
 
 
@@ -23,24 +24,30 @@ class TvmLlvm:
     """Machine code of LLVM. Options:
 
     mcpu: the processor to compile for, as LLVM names it; native is this machine's
+    accuracy_level: of weight-only linears: 1 multiplies floats, 4 rounds their inputs to 8 bits, block by block
     """
 
     name: ClassVar[str] = "llvm"
     mcpu: str = "native"
+    accuracy_level: Literal[1, 4] = 1
 
     @property
     def target(self) -> Target:
         return Target(
-            name=self.name + (f"{{mcpu={self.mcpu}}}" if self.mcpu != "native" else ""),
+            name=spelled(self),
             backend="tvm",
             description="TVM, machine code for CPUs: one library that TVM's runtime loads",
-            kernels=("integer_linear", "weight_only_linear"),
+            kernels=("matmul_integer", "matmul_nbits", "matmul_nbits_int8", "integer_linear", "weight_only_linear"),
         )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
+        from qcompile.backends.tvm import written
         from qcompile.backends.tvm.translate import check
 
+        if self.accuracy_level == 4 and written.unit(self._machine()) not in written.ROUNDING_UNITS:
+            hint = "leave accuracy_level out, or name a processor with AVX-512 VNNI: llvm{mcpu=icelake-server}"
+            raise UserError("accuracy_level=4 has no kernel for this processor", where=self.name, hint=hint)
         model.graph.sort()
         check(model)
         return 0
@@ -55,12 +62,15 @@ class TvmLlvm:
         require_tvm()
         from qcompile.backends.tvm import package
 
-        package.write(model, folder, self._machine())
+        package.write(model, folder, self._machine(), accuracy_level=self.accuracy_level)
 
     def _machine(self) -> Any:
         """What TVM compiles for."""
         from tvm import target
 
+        from qcompile.backends.tvm.kernels import host_target
+
         if self.mcpu != "native":
             return target.Target({"kind": "llvm", "mcpu": self.mcpu})
-        return target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu()})
+        units = {"mattr": held} if (held := host_target().attrs.get("mattr")) else {}  # LLVM may not know its name
+        return target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu(), **units})

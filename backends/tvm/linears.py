@@ -1,6 +1,7 @@
-"""The seam to the kernels of linear layers: one function a kind, x (M, K) in, (M, N) out.
+"""Linear layers: one function a kind, x (M, K) in, (M, N) out, by a low-bit kernel of ``written`` or by loops here.
 
-Weights are packed here, when the program is compiled; what the program binds at load is the packed form.
+Weights are packed when the program is compiled; what the program binds at load is the packed form. Each function keeps
+on record at ``where`` what it took.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from qcompile.backends.tvm import written
 from qcompile.backends.tvm.notes import Weight
 from qcompile.backends.tvm.scopes import Program
 from qcompile.backends.tvm.tiles import tiled
@@ -20,8 +22,12 @@ Element = Callable[[Callable[[int, Any], Any], Any, Any], Any]  # (read, row, co
 PACKED = {2: 4, 4: 2}  # bits -> codes in a byte
 
 
-def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str) -> Tensor:
+def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str, where: str) -> Tensor:
     """int32 sums of x (M, K) uint8 or int8 times ``codes`` (K, N)."""
+    found = written.integer(program, x, codes, name)
+    program.note(where, "matmul_integer" if found else "integer_linear")
+    if found:
+        return found
     columns = codes.shape[1]
     held = program.parameter(f"{name}.codes", np.ascontiguousarray(codes), codes.dtype.name)
 
@@ -31,8 +37,12 @@ def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str) ->
     )  # fmt: skip
 
 
-def weight_only_linear(program: Program, x: Tensor, weight: Weight) -> Tensor:
+def weight_only_linear(program: Program, x: Tensor, weight: Weight, where: str) -> Tensor:
     """x (M, K) float32 times a dequantised matrix, whose codes are packed to their bits."""
+    found = written.weight_only(program, x, weight)
+    program.note(where, found[1] if found else "weight_only_linear")
+    if found:
+        return found[0]
     matrix, group = weight.matrix, weight.group
     rows, columns = matrix.shape
     scale, zero = weight.grids()

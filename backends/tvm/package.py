@@ -22,13 +22,14 @@ from qcompile.progress import step
 
 
 def write(
-    model: ir.Model, folder: Path, target: Any, *, link: Callable[..., Any] | None = None, tiles: bool = True
-) -> list[Kernel]:
+    model: ir.Model, folder: Path, target: Any, *, link: Callable[..., Any] | None = None, tiles: bool = True,
+    accuracy_level: int = 1,
+) -> list[Kernel]:  # fmt: skip
     """Compile ``model`` for ``target`` (a ``tvm.target.Target``) into ``folder``; the kernel of each product.
 
-    ``link``: what makes a library of object files, TVM's own for None
+    ``link``: what makes a library of object files, TVM's own for None; ``accuracy_level``: of weight-only linears
     """
-    found = translated(model, tiles=tiles)
+    found = translated(model, tiles=tiles, target=target if tiles else None, accuracy_level=accuracy_level)
     with step(f"compiling {len(found.module.functions) - 1} kernels"):
         executable = build(found.module, target)
     with step("writing the library"):

@@ -13,8 +13,8 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from qcompile.backends.tvm.tiles import PRODUCT
+from qcompile.backends.tvm.written import SCHEDULED
 
-SCHEDULED = "tirx.is_scheduled"
 SLOW = "s_tir.CompactBufferAllocation"  # minutes on long integer kernels, which hold no buffers to shrink
 SPATIAL = 0  # the type of a block variable that is no reduction
 RUNS = (64, 32, 16)

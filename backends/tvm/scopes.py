@@ -117,10 +117,12 @@ class Program(Scope):
     """The function ``main`` in the making, and the parameters that it takes.
 
     tiles: products are written in tiles for a CPU, not as plain sums
+    target: of the low-bit kernels that linear layers may take; None for none of them
+    accuracy_level: of weight-only linears: 1 multiplies floats, 4 rounds their inputs to 8 bits, block by block
     """
 
-    def __init__(self, tiles: bool = True) -> None:
-        self.tiles = tiles
+    def __init__(self, tiles: bool = True, target: Any = None, accuracy_level: int = 1) -> None:
+        self.tiles, self.target, self.accuracy_level = tiles, target, accuracy_level
         self.builder = relax.BlockBuilder()
         self.dims: dict[str, tirx.Var] = {}
         self.parameters: dict[str, np.ndarray] = {}
@@ -128,6 +130,7 @@ class Program(Scope):
         self.products: list[base.Kernel] = []
         self._contents: dict[bytes, Tensor] = {}
         self._kernels: dict[Hashable, Built] = {}
+        self._written: dict[Hashable, Any] = {}
         self._shapes: dict[Hashable, list[tuple[tuple[Dim, ...], str]]] = {}
         self._used: set[str] = set()
 
@@ -233,9 +236,15 @@ class Program(Scope):
         """The names of the parameters that a kernel reads, in order."""
         return [name for name in self.parameters if name in self._used]
 
-    def call(self, function: Any, arguments: Sequence[Any], shape: Sequence[Dim], dtype: str) -> Tensor:
-        """The one result of a PrimFunc that is in the module."""
-        call = relax.call_tir(function, list(arguments), relax.TensorType(list(shape), dtype))
+    def written(
+        self, key: Hashable, make: Callable[[], Any], arguments: Sequence[Tensor], shape: Sequence[Dim], dtype: str
+    ) -> Tensor:
+        """The result of the PrimFunc that ``make`` writes out, once for a ``key``, from leaves."""
+        if key not in self._written:
+            self._written[key] = self.builder.add_func(make(), str(key[0]) if isinstance(key, tuple) else str(key))
+        given = [argument.leaf for argument in arguments]
+        self._used.update(leaf.name for leaf in given if leaf.name in self.parameters)
+        call = relax.call_tir(self._written[key], given, relax.TensorType(list(shape), dtype))
         return Tensor(tuple(shape), dtype, leaf=self.builder.emit(call))
 
     def reshape(self, source: Tensor, shape: Sequence[Dim]) -> Tensor:

@@ -54,21 +54,24 @@ class Translation:
     products: list[Kernel]
 
 
-def translated(model: ir.Model, *, tiles: bool = True) -> Translation:
-    """As ``translate``, and what it made of each product."""
-    return _Walker(model, tiles).run()
+def translated(model: ir.Model, *, tiles: bool = True, target: Any = None, accuracy_level: int = 1) -> Translation:
+    """As ``translate``, and what it made of each product.
+
+    ``target``: linear layers take its low-bit kernels, None for loops; ``accuracy_level``: of weight-only ones
+    """
+    return _Walker(model, Program(tiles, target, accuracy_level)).run()
 
 
 def check(model: ir.Model) -> None:
     """Raise UserError for the first operator of ``model`` that has no translation."""
-    _Walker(model, tiles=True).refuse_unknown()
+    _Walker(model, Program()).refuse_unknown()
 
 
 class _Walker:
-    def __init__(self, model: ir.Model, tiles: bool) -> None:
+    def __init__(self, model: ir.Model, program: Program) -> None:
         self._model = model
         self._values: dict[ir.Value, Value | None] = {}
-        self._program = Program(tiles)
+        self._program = program
         self._functions = {function.name: function for function in model.functions.values()}
         self._inline: dict[str, bool] = {}
 

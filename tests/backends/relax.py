@@ -20,11 +20,11 @@ Array = np.ndarray
 class Both:
     """``model`` in ONNX Runtime, literally, and compiled by TVM."""
 
-    def __init__(self, model: ir.Model, tiles: bool = True) -> None:
+    def __init__(self, model: ir.Model, tiles: bool = True, target: Any = None, accuracy_level: int = 1) -> None:
         self.session = open_session(ir.to_proto(model).SerializeToString(), threads=1, literal_qdq=True)
         self.names = [port.name for port in self.session.get_outputs()]
-        self.found = translated(model, tiles=tiles)
-        executable = build(self.found.module, tvm.target.Target("llvm"))
+        self.found = translated(model, tiles=tiles, target=target, accuracy_level=accuracy_level)
+        executable = build(self.found.module, target or tvm.target.Target("llvm"))
         self._machine = relax.VirtualMachine(executable, tvm.cpu())
         self._held = [tvm.runtime.tensor(np.asarray(a, order="C")) for a in self.found.parameters.values()]
         self._inputs = [str(value.name) for value in model.graph.inputs]
@@ -52,8 +52,8 @@ class Both:
             assert np.abs(found[name] - array).max() <= tolerance * np.abs(array).max(), name
 
 
-def both(text: str, weights: dict[str, Array] | None = None, *, tiles: bool = True) -> Both:
-    """From the text of a graph, its constants in ``weights``."""
+def both(text: str, weights: dict[str, Array] | None = None, **options: Any) -> Both:
+    """From the text of a graph, its constants in ``weights``; ``options`` of ``Both``."""
     proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in (weights or {}).items())
-    return Both(ir.from_proto(proto), tiles)
+    return Both(ir.from_proto(proto), **options)

@@ -45,7 +45,7 @@ def test_a_folder_holds_a_library_parameters_and_their_description(folder: Path)
     assert described["parameters"] == list(parameters.read(folder / "parameters.safetensors"))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["end_to_end"]["sqnr_db"] > 15
-    linears = [k for k in manifest["kernels"] if k["kernel"] == "integer_linear"]
+    linears = [k for k in manifest["kernels"] if k["kernel"] in ("matmul_integer", "integer_linear")]
     assert len(linears) >= 14 and all(k["low_bit"] for k in linears)
 
 

@@ -123,7 +123,10 @@ def configure(first: Expr, second: Expr) -> None:
 
 
 def release() -> None:
-    """Leave no configuration behind: ONNX Runtime keeps one that it finds, if its tiles are as wide as its own."""
+    """Leave no configuration behind: after one for a single row, a product of ONNX Runtime in the process was wrong.
+
+    Why is not proven; that it keeps a configuration whose tiles are as wide as its own would explain it.
+    """
     emit.effect("llvm.x86.tilerelease")
 
 

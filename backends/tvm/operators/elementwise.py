@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from qcompile.backends.tvm.operation import DTYPES, Operation
+from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.scopes import Scope
 from qcompile.backends.tvm.values import Known, Tensor, Value, aligned, broadcast, expression, immediate, stretched
 
@@ -92,7 +93,7 @@ def _absolute(value: Any, dtype: str) -> Any:
 
 
 def sigmoid(x: Any, dtype: str) -> Any:
-    return immediate(1, dtype) / (immediate(1, dtype) + tirx.exp(immediate(0, dtype) - x))
+    return immediate(1, dtype) / (immediate(1, dtype) + floats.exp(immediate(0, dtype) - x, dtype))
 
 
 def _gelu(x: Any, dtype: str, tanh: bool) -> Any:
@@ -100,7 +101,7 @@ def _gelu(x: Any, dtype: str, tanh: bool) -> Any:
     if tanh:
         inner = immediate(np.sqrt(2 / np.pi), dtype) * (x + immediate(0.044715, dtype) * x * x * x)
         return half * x * (one + tirx.tanh(inner))
-    return half * x * (one + tirx.erf(x * immediate(np.sqrt(0.5), dtype)))
+    return half * x * (one + floats.erf(x * immediate(np.sqrt(0.5), dtype), dtype))
 
 
 _ARITHMETIC: dict[str, Callable[[Any, Any, str], Any]] = {
@@ -130,7 +131,7 @@ _UNARY: dict[str, Callable[[Any, str], Any]] = {
     "Abs": _absolute,
     "Ceil": lambda x, _: tirx.ceil(x),
     "Cos": lambda x, _: tirx.cos(x),
-    "Erf": lambda x, _: tirx.erf(x),
+    "Erf": floats.erf,
     "Exp": lambda x, _: tirx.exp(x),
     "Floor": lambda x, _: tirx.floor(x),
     "Log": lambda x, _: tirx.log(x),

@@ -11,6 +11,7 @@ from tvm import tirx
 from qcompile.backends.tvm import linears
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.operation import Operation
+from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
@@ -53,12 +54,10 @@ def _matmul(scope: Scope, op: Operation) -> Value:
 
 def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight, where: str) -> Tensor:
     if weight.per_column and isinstance(a.note, Activation | Rows):
-        scope.note(where, "integer_linear")
-        return _integer(scope, a, weight)
+        return _integer(scope, a, weight, where)
     width = b.shape[1]
     if weight.fits:
-        scope.note(where, "weight_only_linear")
-        return _flat(scope, a, width, lambda x: linears.weight_only_linear(scope, x, weight))
+        return _flat(scope, a, width, lambda x: linears.weight_only_linear(scope, x, weight, where))
     scope.note(where, "float_linear", "the weight has one scale for each slice that is summed over")
     return _flat(scope, a, width, lambda x: linears.float_linear(scope, x, scope.force(b)))
 
@@ -79,14 +78,16 @@ def _flat(scope: Scope, a: Tensor, width: Dim, apply: Callable[[Tensor], Tensor]
     return view(result, (*lead, width), place, ("rows", spelled(lead)))
 
 
-def _integer(scope: Program, a: Tensor, weight: Weight) -> Tensor:
+def _integer(scope: Program, a: Tensor, weight: Weight, where: str) -> Tensor:
     """Codes times codes in int32, then one scaling: (x - zx) (W - zw) sx sw."""
     note, codes = a.note, np.ascontiguousarray(weight.matrix)
     depth, width = codes.shape
     scale, zero = (grid[0] for grid in weight.grids())
+    if codes.dtype == np.uint8:  # kernels take int8
+        codes, zero = (codes.astype(np.int16) - 128).astype(np.int8), zero - 128
     sums = codes.astype(np.int64).sum(axis=0) - depth * zero.astype(np.int64)  # of W - zw
     x = scope.force(note.codes)
-    total = _flat(scope, x, width, lambda rows: linears.integer_linear(scope, rows, codes, weight.name))
+    total = _flat(scope, x, width, lambda rows: linears.integer_linear(scope, rows, codes, weight.name, where))
     if zero.any():
         row = elementwise(scope, ("Cast", x.dtype, "int32"), [x], lambda v: tirx.Cast("int32", v), "int32")
         row = scope.reduce("sum", row, [x.rank - 1])
@@ -151,8 +152,8 @@ def _matmul_integer(scope: Scope, op: Operation) -> Value:
     small = [zero is None or (isinstance(zero, Known) and not zero.array.any()) for zero in zeros]
     fixed = zeros[0] is None or (isinstance(zeros[0], Known) and zeros[0].array.size == 1)
     if isinstance(scope, Program) and isinstance(b, Known) and len(b.shape) == 2 and small[1] and fixed:
-        scope.note(op.where, "integer_linear")
-        found = _flat(scope, a, b.shape[1], lambda x: linears.integer_linear(scope, x, b.array, b.name or "weight"))
+        name = b.name or "weight"
+        found = _flat(scope, a, b.shape[1], lambda x: linears.integer_linear(scope, x, b.array, name, op.where))
         if small[0]:
             return found
         assert isinstance(zeros[0], Known)
@@ -216,7 +217,9 @@ def _weights(scope: Scope, scores: Tensor, bias: Tensor, scale: float) -> Tensor
         ))  # fmt: skip
         last = [raw.rank - 1]
         top = inner.reduce("max", biased, last)
-        grown = inner.force(elementwise(inner, "Exp", [biased, top], lambda a, b: tirx.exp(a - b), raw.dtype))
+        grown = inner.force(elementwise(
+            inner, "Exp", [biased, top], lambda a, b: floats.exp(a - b, raw.dtype), raw.dtype
+        ))  # fmt: skip
         total = inner.reduce("sum", grown, last)
         return [elementwise(inner, "Share", [grown, total], lambda a, b: a / b, raw.dtype)]
 

@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 
 from qcompile.backends.tvm.operation import Operation
+from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.scopes import Body, Program, Scope
 from qcompile.backends.tvm.values import Known, Tensor, Value, expression, immediate, product
@@ -74,7 +75,9 @@ def softmax(scope: Scope, x: Tensor, axis: int) -> Tensor:
         source = inputs[0]
         top = inner.reduce("max", source, [axis])
         kind = source.dtype
-        grown = inner.force(elementwise(inner, ("Exp", kind), [source, top], lambda a, b: tirx.exp(a - b), kind))
+        grown = inner.force(elementwise(
+            inner, ("Exp", kind), [source, top], lambda a, b: floats.exp(a - b, kind), kind
+        ))  # fmt: skip
         total = inner.reduce("sum", grown, [axis])
         return [elementwise(inner, ("Div", kind), [grown, total], lambda a, b: a / b, kind)]
 

@@ -1,0 +1,146 @@
+"""Linear layers of a program through the low-bit kernels: which one ran, and the same result as without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.backends.relax import Both, both
+
+from qcompile import backends  # isort: skip
+from qcompile.backends.tvm import written
+from qcompile.backends.tvm.kernels import features, host_target
+from qcompile.backends.tvm.notes import Weight
+from qcompile.errors import UserError
+
+HOST = host_target()
+VNNI = {"kind": "llvm", "mattr": ["+avx512f", "+avx512bw", "+avx512dq", "+avx512vl", "+avx512vnni"]}
+RANDOM = np.random.default_rng(0)
+rounds_x = pytest.mark.skipif(written.unit(HOST) not in written.ROUNDING_UNITS, reason="this processor has no VNNI")
+with_units = pytest.mark.skipif(written.unit(HOST) not in written.UNITS, reason="no unit for 8-bit products here")
+
+
+def targets() -> list[Any]:
+    from tvm.target import Target
+
+    return [HOST, Target(VNNI)] if features(HOST).unit == "amx" else [HOST]
+
+
+TARGETS = [pytest.param(target, id=features(target).unit) for target in targets()]
+
+
+def kernels_of(program: Both) -> list[tuple[str, bool]]:
+    return [(product["kernel"], product["low_bit"]) for product in program.found.products]
+
+
+def outputs(program: Both, x: np.ndarray) -> np.ndarray:
+    found: np.ndarray = program.run(x=x)[1]["y"]
+    return found
+
+
+STATIC = """g (float[b, n, 70] x) => (float[b, n, 50] y) {
+    q = QuantizeLinear (x, sx, zx)
+    d = DequantizeLinear (q, sx, zx)
+    m = DequantizeLinear <axis = 1> (w, sw, zw)
+    y = MatMul (d, m) }"""
+
+
+@with_units
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("x_dtype", "zero", "w_dtype"), [("uint8", 120, "int8"), ("int8", 0, "uint8")])
+def test_integers_are_the_bits_of_the_loops(target: Any, x_dtype: str, zero: int, w_dtype: str) -> None:
+    kind = np.iinfo(w_dtype)
+    weights = {
+        "sx": np.array(0.02, np.float32), "zx": np.array(zero, x_dtype),
+        "w": RANDOM.integers(kind.min, kind.max + 1, (70, 50)).astype(w_dtype),
+        "sw": RANDOM.random(50, np.float32) + np.float32(0.1),
+        "zw": RANDOM.integers(kind.min, kind.max + 1, 50).astype(w_dtype),
+    }  # fmt: skip
+    fast, loops = both(STATIC, weights, target=target), both(STATIC, weights)
+    assert kernels_of(fast) == [("matmul_integer", True)] and kernels_of(loops) == [("integer_linear", True)]
+    assert "w.panels" not in fast.found.parameters and "w_panels" in fast.found.parameters
+    for rows in (1, 5, 33):
+        x = RANDOM.normal(size=(2, rows, 70)).astype(np.float32)
+        np.testing.assert_array_equal(outputs(fast, x), outputs(loops, x))
+
+
+@with_units
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_integer_product_of_the_program(target: Any) -> None:
+    weights = {"w": RANDOM.integers(-128, 128, (70, 50)).astype(np.int8), "z": np.array(7, np.uint8)}
+    text = "g (uint8[b, n, 70] x) => (int32[b, n, 50] y) { y = MatMulInteger (x, w, z) }"
+    program = both(text, weights, target=target)
+    assert kernels_of(program) == [("matmul_integer", True)]
+    program.same(x=RANDOM.integers(0, 256, (3, 7, 70)).astype(np.uint8))
+
+
+def weight_only(bits: int, group: int, symmetric: bool, **options: Any) -> tuple[Both, Both]:
+    high, draws = 2 ** (bits - 1), np.random.default_rng(bits)
+    weights = {
+        "w": draws.integers(-high, high, (64, 40)).astype(np.int8),
+        "s": draws.random((64 // group, 40), np.float32) + np.float32(0.1),
+        "z": draws.integers(-high, high, (64 // group, 40)).astype(np.int8) * (not symmetric),
+    }
+    text = (
+        "g (float[b, n, 64] x) => (float[b, n, 40] y) {"
+        f" d = DequantizeLinear <axis = 0, block_size = {group}> (w, s, z) y = MatMul (x, d) }}"
+    )
+    return both(text, weights, target=HOST, **options), both(text, weights)
+
+
+@with_units
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 32, False), (3, 32, True), (4, 32, True), (8, 64, False)])
+def test_weights_of_few_bits(bits: int, group: int, symmetric: bool) -> None:
+    fast, loops = weight_only(bits, group, symmetric)
+    assert kernels_of(fast) == [("matmul_nbits", True)] and kernels_of(loops) == [("weight_only_linear", True)]
+    codes = fast.found.parameters[f"w_panels{bits}"]
+    assert codes.nbytes == 64 * 64 * bits // 8  # 40 columns fill two pairs of panels
+    assert ("w_zeros" in fast.found.parameters) is not symmetric
+    for rows in (1, 17):
+        x = RANDOM.normal(size=(2, rows, 64)).astype(np.float32)
+        expected = outputs(loops, x)
+        assert np.abs(outputs(fast, x) - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+@rounds_x
+def test_level_4_rounds_x_to_8_bits() -> None:
+    fast, loops = weight_only(4, 32, True, accuracy_level=4)
+    assert kernels_of(fast) == [("matmul_nbits_int8", True)]
+    x = RANDOM.normal(size=(2, 9, 64)).astype(np.float32)
+    expected = outputs(loops, x)
+    assert 1e-5 < np.abs(outputs(fast, x) - expected).max() / np.abs(expected).max() < 0.02
+
+
+def test_level_4_is_refused_where_no_kernel_rounds() -> None:
+    assert backends.by_name("llvm{accuracy_level=4}").target.name == "llvm{accuracy_level=4}"
+    with pytest.raises(UserError, match="accuracy_level=4"):
+        backends.by_name("llvm{mcpu=haswell,accuracy_level=4}").lower(None, None)  # type: ignore[arg-type]
+
+
+@with_units
+@pytest.mark.parametrize("group", (16, 48))
+def test_groups_that_fill_no_register_stay_with_the_loops(group: int) -> None:
+    weight = np.zeros((96, 16), np.int8)
+    held: dict[str, np.ndarray] = {"w": weight, "s": np.ones((96 // group, 16), np.float32)}
+    text = (
+        "g (float[n, 96] x) => (float[n, 16] y) {"
+        f" d = DequantizeLinear <axis = 0, block_size = {group}> (w, s) y = MatMul (x, d) }}"
+    )
+    assert kernels_of(both(text, held, target=HOST)) == [("weight_only_linear", True)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "zero", "bits", "centred"),
+    [(-2, 1, 0, 2, True), (-4, 3, 0, 3, True), (-8, 7, 0, 4, True), (0, 15, 8, 4, True), (0, 15, 3, 4, False),
+     (-128, 127, 5, 8, False), (2, 5, 0, 3, False)],
+)  # fmt: skip
+def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, centred: bool) -> None:
+    codes = np.tile(np.array([low, high], np.int16), (32, 8))
+    weight = Weight(codes, np.ones(16, np.float32), np.full(16, zero), axis=1, block=0)
+    packed = written.as_codes(weight)
+    assert packed is not None and packed.bits == bits and (packed.zero is None) is centred
+    zeros = 2 ** (bits - 1) if packed.zero is None else packed.zero.astype(int)
+    np.testing.assert_array_equal(packed.codes.astype(int) - zeros, codes - zero)
+    assert packed.codes.max() < 2**bits
