@@ -19,6 +19,7 @@ from qcompile.backends.tvm.program import Session
 from qcompile.models.architectures import cached_export
 from tests.emulated.digests import digest, outputs
 from tests.integer.programs import Array, expose, in_numpy, texts
+from tests.integer.programs import compiled as on_cpu
 
 programs = pytest.mark.parametrize(
     ("name", "recipe"),
@@ -82,3 +83,18 @@ def test_where_every_operator_is_that_of_numpy(name: str, recipe: str) -> None:
     written_out = path.with_name("written_out.onnx")  # the evaluator does not find functions inside of functions
     onnx.save(onnx.inliner.inline_local_functions(onnx.load(path)), written_out)
     same(in_tvm(session, feeds), in_numpy(written_out, feeds))
+
+
+def test_on_the_kernels_of_this_processor(tmp_path: Path) -> None:
+    """``compiled`` uses loops that any processor has; this is what a user gets here."""
+    with qcompile.compile(
+        cached_export("bert"), recipe="w8a8_static", passes="os_plus,int_only", target="llvm", max_samples=8,
+        max_length=24, output=tmp_path / "out",
+    ) as made:  # fmt: skip
+        kernels = {kernel["kernel"] for kernel in made.manifest["kernels"]}
+        for rows, length in ((1, 1), (1, 17), (3, 9)):
+            feeds = texts(rows, length)
+            expected = on_cpu("bert", "w8a8_static").run(feeds)
+            for name, array in made.run(feeds).items():
+                assert digest([array]) == digest([expected[name]]), (name, rows, length)
+    assert kernels & {"matmul_integer", "integer_linear"}
