@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qcompile.backends.tvm.kernels.cuda.build import Resources, ptx_instructions, resources
 from qcompile.errors import UserError
+
+if TYPE_CHECKING:
+    from qcompile.backends.tvm.kernels.cuda.build import Resources
 
 SOURCE, PTX, CUBIN = "program.cu", "program.ptx", "program.cubin"
 INSTALL = "pip install nvidia-cuda-nvcc, and put the bin folder that it brings on PATH"
@@ -27,6 +30,8 @@ def require_nvcc() -> str:
 
 def compile_source(source: str, architecture: str, folder: Path) -> dict[str, Resources]:
     """Write ``program.cu``, ``program.ptx`` and ``program.cubin`` into ``folder``; what each kernel takes."""
+    from qcompile.backends.tvm.kernels.cuda.build import resources
+
     nvcc, said = require_nvcc(), ""
     with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
         place = Path(scratch)
@@ -45,5 +50,7 @@ def compile_source(source: str, architecture: str, folder: Path) -> dict[str, Re
 
 def counted(ptx: str) -> dict[str, int]:
     """How often the instructions of ``COUNTED`` occur in ``ptx``."""
+    from qcompile.backends.tvm.kernels.cuda.build import ptx_instructions
+
     every = [one for found in ptx_instructions(ptx).values() for one in found]
     return {name: sum(one.startswith(start) for one in every) for name, start in COUNTED.items()}
