@@ -25,6 +25,7 @@ from qcompile.graph.sites import ATTENTIONS
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
 
 Schemes = Mapping[str, WeightScheme]  # of the block's weights, by the linear's name
+COARSE_ROWS = 256  # smaller blocks learn in no time, and lose small gains
 COARSE_BITS = 6  # a product in bfloat16 adds 0.003 of the error that rounding to so many bits makes; at 8 bits 0.05
 
 
@@ -131,7 +132,9 @@ class _Joint:
         return ((weight, weight.scheme) for weight in self._weights if weight.scheme is not None)
 
     def _is_coarse(self) -> bool:
-        """Whether rounding to bfloat16, of 8 bits, hides nothing: where no quantiser has so many."""
+        """Whether bfloat16, of 8 bits, hides little, where no quantiser has so many, and saves time, in large products."""
+        if max((weight.linear.rows for weight in self._weights), default=0) < COARSE_ROWS:
+            return False
         bits = [scheme.bits for _, scheme in self._quantised()]
         known = (*self._block.activations.values(), *self._block.attention.values(), *[FACTOR for _ in self._smooths])
         return max((*bits, *(scheme.bits for scheme in known)), default=COARSE_BITS + 1) <= COARSE_BITS

@@ -55,8 +55,8 @@ class Group:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """clip_norm: the largest norm of a step's gradient; seed: of the order of the samples in each epoch; step_tokens:
-    a step takes samples until they have so many tokens; coarse: products of matrices in bfloat16, added in float32,
-    where the processor has instructions for it."""
+    a step takes samples until they have so many tokens; coarse: the steps' products of matrices in bfloat16, added
+    in float32, where the processor has instructions for it; the state is measured in float32."""
 
     epochs: int = 5
     schedule: Literal["constant", "cosine"] = "constant"
@@ -99,7 +99,7 @@ def learn(
     start: the error of the parameters as they come, where it is known from an ``Outcome`` before
     """
     device = device or best_device()
-    with _deterministic(device), _products(coarse=plan.coarse):
+    with _deterministic(device):
         return _Loop(change, run, groups, examples, plan, label, device, start).learn()
 
 
@@ -132,7 +132,9 @@ class _Loop:
         optimiser, returns = self._optimiser(), 0
         with progress.step(self._label, steps) as advance:
             for epoch in range(self._plan.epochs):
-                trouble = self._epoch(optimiser, epoch, order.permutation(len(self._examples)).tolist(), advance)
+                numbers = order.permutation(len(self._examples)).tolist()
+                with _products(coarse=self._plan.coarse):
+                    trouble = self._epoch(optimiser, epoch, numbers, advance)
                 if (epoch + 1) % max(1, self._plan.epochs // JUDGED) == 0 or epoch + 1 == self._plan.epochs:
                     trouble = trouble or self._judge()
                 if trouble:

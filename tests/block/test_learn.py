@@ -207,12 +207,12 @@ def precision() -> str:
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-def test_coarse_products_are_the_loops_alone(coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coarse_products_are_the_steps_alone(coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found, before, seen = problem(), precision(), []
     inner = found.run
 
     def run(changed: Tensors, inputs: Tensors) -> torch.Tensor:
-        seen.append(precision())
+        seen.append((torch.is_grad_enabled(), precision()))
         if len(seen) > 20:
             raise RuntimeError("a fault")
         return inner(changed, inputs)
@@ -220,7 +220,7 @@ def test_coarse_products_are_the_loops_alone(coarse: bool, monkeypatch: pytest.M
     monkeypatch.setattr(found, "run", run)
     with pytest.raises(RuntimeError, match="a fault"):
         found.learn(epochs=9, coarse=coarse)
-    assert set(seen) == {"bf16" if coarse else before}
+    assert set(seen) == {(False, before), (True, "bf16" if coarse else before)}
     assert precision() == before
 
 
