@@ -132,7 +132,7 @@ class _Joint:
         return ((weight, weight.scheme) for weight in self._weights if weight.scheme is not None)
 
     def _is_coarse(self) -> bool:
-        """Whether bfloat16, of 8 bits, hides little, where no quantiser has so many, and saves time, in large products."""
+        """Whether bfloat16, of 8 bits, hides little: no quantiser has so many; and saves time: products are large."""
         if max((weight.linear.rows for weight in self._weights), default=0) < COARSE_ROWS:
             return False
         bits = [scheme.bits for _, scheme in self._quantised()]
