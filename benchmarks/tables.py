@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.references import REFERENCES
-
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
@@ -57,26 +55,7 @@ def accuracy(result: Mapping[str, Any]) -> str:
     if result["limit"]:
         text += f"\n\n**Not the protocol:** only the first {result['limit']} windows or pairs."
     notes = [note for row in result["rows"] if (note := _exceptions(row))]
-    return "\n\n".join([text, *beside(result), *notes])
-
-
-def beside(result: Mapping[str, Any]) -> list[str]:
-    """A table of what reference implementations reach at each setting, and ours; none without such a setting."""
-    known = REFERENCES.get(result["model"], {})
-    ours: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in result["rows"]:
-        named = re.fullmatch(r"`(\w+)`(?:, (.*))?", row["name"])
-        if named and named[1] in known and not row["error"]:
-            passes, score = named[2] or "the recipe's passes", f"{row['value']:.{result['digits']}f}"
-            ours[named[1]].setdefault(passes, f"{passes} {score}")  # the first calibration's
-    if not ours:
-        return []
-    head = ("setting", "reference implementations, fake quantisation", "qcompile, the program itself")
-    lines = []
-    for recipe, scores in ours.items():
-        theirs = ", ".join(f"{name} {value:.{result['digits']}f}" for name, value in known[recipe].items())
-        lines.append((f"`{recipe}`", theirs, "; ".join(scores.values())))
-    return [table(head, lines)]
+    return "\n\n".join([text, *notes])
 
 
 def _accuracy_row(row: Row, digits: int) -> Iterable[str]:

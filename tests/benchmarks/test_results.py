@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, jobs, tables
+from benchmarks import accuracy, jobs, summary, tables
 from benchmarks.options import Wanted
 from benchmarks.results import Results
 
@@ -113,17 +114,27 @@ def test_exceptions_and_failures_are_in_the_table(tmp_path: Path) -> None:
     assert r"no result: it \| fell" in text
 
 
-def test_ours_stand_beside_what_is_known_of_the_same_setting(tmp_path: Path) -> None:
+def test_ours_stand_below_what_is_known_of_the_same_setting(tmp_path: Path) -> None:
     found = accuracy_table(tmp_path / "t")
     for row in (
         measured("`w4a4`, os_plus"), measured("`w4a4`, rotate,gptq"), measured("`w4a4`, os_plus", key="b", value=1.0),
         measured("`w7a7`, os_plus"), measured("`w4a4`, awq", error="no memory"), measured("float export"),
     ):  # fmt: skip
         found.add(row)
-    (text,) = tables.beside(found.as_dict())
-    assert text.splitlines()[2:] == [
-        "| `w4a4` | RTN 80.14, SmoothQuant 79.68, OS 78.74, OS+ 79.33 | os_plus 82.13; rotate,gptq 82.13 |"
-    ]
+    lines = summary.methods(found.as_dict()).splitlines()
+    assert lines[0] == "### MiniLM (all-MiniLM-L6-v2): score, float 82.13"
+    assert lines[2] == "|  | `w8a8_static` | `w7a7` | `w6a6_static` | `w4a4` | `w4a4_static` |"
+    assert "| *RTN* | 81.80 |  | 80.37 | 80.14 | 77.62 |" in lines
+    assert lines[-2:] == ["| `os_plus` |  | **82.13** |  | **82.13** |  |", "| `rotate,gptq` |  |  |  | **82.13** |  |"]
+
+
+def test_a_program_timed_twice_is_listed_once(tmp_path: Path) -> None:
+    base = {"name": "float export", "min_ms": 4.0, "median_ms": 5.0}
+    program = {"name": "x", "min_ms": 2.0, "median_ms": 3.0}
+    timed = {"kind": "speed", "model": "minilm", "rows": [{"batch": 1, "tokens": 8, "programs": [base, program]}]}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(timed))
+    assert summary.summary(tmp_path).count("| MiniLM, 1 x 8 | x | 2.00 | 1.67 |") == 1
 
 
 def test_ratios_are_of_the_float_export() -> None:

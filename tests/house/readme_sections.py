@@ -9,18 +9,17 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.summary import summary
 from benchmarks.tables import all_results, committed, table
 from qcompile.commands.tables import pass_options
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PASSES_PAGE = ROOT / "docs" / "passes.md"
-INTEGER_PAGE = ROOT / "docs" / "integer.md"
-KERNEL_PAGE = ROOT / "docs" / "kernels.md"
 
 
 def passes() -> str:
@@ -80,28 +79,16 @@ def command_help() -> str:
     return f"```text\n{shown.stdout.strip()}\n```"
 
 
-def numbers() -> str:
-    """The tables of benchmarks/results."""
-    return all_results()
-
-
-PARTS: dict[str, Callable[[], str]] = {
-    "help": command_help,
-    "recipes": recipes,
-    "passes": passes,
-    "targets": targets,
-    "numbers": numbers,
-}
-INTEGER_PARTS: dict[str, Callable[[], str]] = {"operators": lambda: committed("integer_operators")}
-
-
-KERNEL_PARTS: dict[str, Callable[[], str]] = {
-    "kernels": lambda: committed("kernels"),
-    "cuda": lambda: committed("cuda_kernels"),
+Parts = Mapping[str, Callable[[], str]]
+PAGES: Mapping[Path, Parts] = {
+    README: {"help": command_help, "recipes": recipes, "passes": passes, "targets": targets, "numbers": summary},
+    ROOT / "docs" / "benchmarks.md": {"results": all_results},
+    ROOT / "docs" / "integer.md": {"operators": lambda: committed("integer_operators")},
+    ROOT / "docs" / "kernels.md": {"kernels": lambda: committed("kernels"), "cuda": lambda: committed("cuda_kernels")},
 }
 
 
-def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
+def filled(text: str, parts: Parts) -> str:
     """``text`` with every part in place. Raises ValueError where a part has no place in it."""
     for name, write in parts.items():
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
@@ -113,7 +100,6 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(), PARTS))
+    for page, parts in PAGES.items():
+        page.write_text(filled(page.read_text(), parts))
     PASSES_PAGE.write_text(passes_page())
-    INTEGER_PAGE.write_text(filled(INTEGER_PAGE.read_text(), INTEGER_PARTS))
-    KERNEL_PAGE.write_text(filled(KERNEL_PAGE.read_text(), KERNEL_PARTS))

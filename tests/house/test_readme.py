@@ -2,42 +2,22 @@
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from benchmarks.tables import table
-from tests.house.readme_sections import (
-    INTEGER_PAGE,
-    INTEGER_PARTS,
-    KERNEL_PAGE,
-    KERNEL_PARTS,
-    PARTS,
-    PASSES_PAGE,
-    README,
-    ROOT,
-    filled,
-    passes_page,
-)
+from tests.house.readme_sections import PAGES, PASSES_PAGE, README, ROOT, filled, passes_page
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_generated_part_is_up_to_date(part: str) -> None:
-    text = README.read_text()
-    assert filled(text, {part: PARTS[part]}) == text, "run: python -m tests.house.readme_sections"
+@pytest.mark.parametrize(("page", "part"), [(page, part) for page, parts in PAGES.items() for part in parts])
+def test_a_generated_part_is_up_to_date(page: Path, part: str) -> None:
+    text = page.read_text()
+    assert filled(text, {part: PAGES[page][part]}) == text, "run: python -m tests.house.readme_sections"
 
 
 def test_the_page_of_passes_is_up_to_date() -> None:
     assert PASSES_PAGE.read_text() == passes_page(), "run: python -m tests.house.readme_sections"
-
-
-def test_the_page_of_integers_is_up_to_date() -> None:
-    text = INTEGER_PAGE.read_text()
-    assert filled(text, INTEGER_PARTS) == text, "run: python -m tests.house.readme_sections"
-
-
-def test_the_page_of_kernels_is_up_to_date() -> None:
-    text = KERNEL_PAGE.read_text()
-    assert filled(text, KERNEL_PARTS) == text, "run: python -m tests.house.readme_sections"
 
 
 def test_a_stale_part_is_replaced_and_the_rest_is_kept() -> None:
