@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from qcompile.backends.base import Kernel, spelled
-from qcompile.backends.tvm.require import require_tvm
+from qcompile.backends.tvm.require import require_translation, require_tvm
 from qcompile.errors import UserError
 from qcompile.pipeline import Context, Target
 
@@ -43,20 +43,16 @@ class TvmLlvm:
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
         from qcompile.backends.tvm import written
-        from qcompile.backends.tvm.translate import check
 
         if self.accuracy_level == 4 and written.unit(self._machine()) not in written.ROUNDING_UNITS:
             hint = "leave accuracy_level out, or name a processor with AVX-512 VNNI: llvm{mcpu=icelake-server}"
             raise UserError("accuracy_level=4 has no kernel for this processor", where=self.name, hint=hint)
-        model.graph.sort()
-        check(model)
-        return 0
+        return require_translation(model)
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        from qcompile.backends.tvm.program import describe
+        from qcompile.backends.tvm.program import products
 
-        kernels: list[Kernel] = describe(model.parent)["kernels"]
-        return kernels
+        return products(model.parent)
 
     def package(self, model: ir.Model, folder: Path) -> None:
         require_tvm()
