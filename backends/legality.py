@@ -51,6 +51,12 @@ COLUMN, GROUP = ("per_tensor", "per_channel"), ("per_tensor", "per_channel", "gr
 _INTEGER = "int8 x int8 in int32, codes of fewer bits in bytes"
 
 
+_LLVM = (
+    Legal("linear", COLUMN, (2, 3, 4), TOKEN, ALL, "packed weights x int8 in int32"),
+    Legal("linear", GROUP, ALL, TOKEN, ALL, "packed weights x int8 in int32 with AVX-512 VNNI, else in float32"),
+)
+
+
 def _tvm(bits: str) -> tuple[Legal, ...]:
     """``bits``: that packed weights have a kernel for."""
     packed = f"packed weights of {bits} bits x float32"
@@ -72,8 +78,10 @@ _CPU = (
     Legal("cache", (FLOAT,), (), ("per_token",), (8, 4), "codes, scales and zero points as inputs and outputs"),
 )
 TABLE: dict[str, tuple[Legal, ...]] = {
-    "cpu": _CPU, "llvm": _tvm("2, 3, 4 or 8"), **dict.fromkeys(("cuda", "android", "ios"), _tvm("2, 4 or 8")),
-}  # fmt: skip
+    "cpu": _CPU,
+    "llvm": (*_LLVM, *_tvm("2, 3, 4 or 8")),
+    **dict.fromkeys(("cuda", "android", "ios"), _tvm("2, 4 or 8")),
+}
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place
 INTEGER_ONLY = ("cpu", "llvm", "cuda", "android", "ios")  # targets that run what int_only writes, with the same bits
 

@@ -18,6 +18,8 @@ from qcompile.backends.tvm.require import require_translation, require_tvm
 from qcompile.errors import UserError
 from qcompile.pipeline import Context, Target
 
+KERNELS = ("matmul_integer", "matmul_nbits", "matmul_nbits_int8", "matmul_w4a8")  # of ``kernels``
+
 
 @dataclasses.dataclass(frozen=True)
 class TvmLlvm:
@@ -37,7 +39,7 @@ class TvmLlvm:
             name=spelled(self),
             backend="tvm",
             description="TVM, machine code for CPUs: one library that TVM's runtime loads",
-            kernels=("matmul_integer", "matmul_nbits", "matmul_nbits_int8", "integer_linear", "weight_only_linear"),
+            kernels=(*KERNELS, "integer_linear", "weight_only_linear"),
         )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
