@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompile.backends.tvm import kernels
 from qcompile.backends.tvm.kernels.api import LARGEST_SUM
+from qcompile.backends.tvm.kernels.attention import LANES, AttentionProduct
 from qcompile.backends.tvm.kernels.packing import CODE_BITS
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.scopes import Program
@@ -108,6 +109,24 @@ def few_bits(
     )  # fmt: skip
 
 
+def attention(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, groups: int
+) -> Tensor | None:
+    """softmax(scale q k^T + bias) v of floats; None where the heads fill no registers."""
+    heads, depth, width = q.shape[1], q.shape[-1], v.shape[-1]
+    fixed = [side for side in (heads, depth, width) if isinstance(side, int)]
+    whole = len(fixed) == 3 and depth % LANES == 0 and width % LANES == 0
+    if unit(program.target) not in ROUNDING_UNITS or q.dtype != "float32" or not whole or bias.rank > 4:
+        return None
+    held = program.reshape(bias, (*[1] * (4 - bias.rank), *bias.shape))
+    stretched = tuple(isinstance(side, int) and side == 1 for side in held.shape)
+    return program.written(
+        ("attention", heads, groups, depth, width, scale, stretched),
+        lambda: _plain(AttentionProduct(heads, groups, depth, width, scale, stretched).primitive("attention")),
+        [program.force(tensor) for tensor in (q, k, v, held)], (*q.shape[:-1], width), "float32",
+    )  # fmt: skip
+
+
 def as_codes(weight: Weight) -> Packed | None:
     """Codes from 0 on in the fewest bits that have a kernel, zero points in a byte; None where they fit none."""
     scale, zero = weight.grids()
@@ -140,7 +159,9 @@ def _call(
     program: Program, key: Hashable, x: Tensor, held: Sequence[Tensor], columns: int, dtype: str,
     write: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
-    def made() -> Any:
-        return write().without_attr("global_symbol").with_attr(SCHEDULED, True)
+    return program.written(key, lambda: _plain(write()), [x, *held], (x.shape[0], columns), dtype)
 
-    return program.written(key, made, [x, *held], (x.shape[0], columns), dtype)
+
+def _plain(function: Any) -> Any:
+    """``function`` as one of a module that ``schedule`` leaves as it is."""
+    return function.without_attr("global_symbol").with_attr(SCHEDULED, True)

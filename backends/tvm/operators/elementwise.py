@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
+from qcompile.backends.tvm import floats
 from qcompile.backends.tvm.operation import DTYPES, Operation
-from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.scopes import Scope
 from qcompile.backends.tvm.values import Known, Tensor, Value, aligned, broadcast, expression, immediate, stretched
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from qcompile.backends.tvm import linears, written
+from qcompile.backends.tvm import floats, linears, written
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.operation import Operation
-from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
@@ -209,6 +208,9 @@ def _attention(scope: Scope, op: Operation) -> Value:
     q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
     _note(scope, op, ACTIVATIONS)
     scale, groups = op.real("scale", 1.0), op.whole("groups", 1)
+    found = written.attention(scope, q, k, v, bias, scale, groups) if isinstance(scope, Program) else None
+    if found is not None:
+        return found
     heads, dtype = q.shape[:2], q.dtype
 
     def head(at: Any) -> Any:

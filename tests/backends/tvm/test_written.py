@@ -191,3 +191,39 @@ def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, cen
     zeros = 2 ** (bits - 1) if packed.zero is None else packed.zero.astype(int)
     np.testing.assert_array_equal(packed.codes.astype(int) - zeros, codes - zero)
     assert packed.codes.max() < 2**bits
+
+
+# --------------------------------------------------------------------------- attention
+
+
+@rounds_x
+@pytest.mark.parametrize(("groups", "bias"), [(1, "b, 1, s, t"), (3, "t")])
+def test_attention_in_one_pass_over_the_keys(groups: int, bias: str) -> None:
+    call = f"GroupedAttention <scale = 0.25, groups = {groups}>" if groups > 1 else "Attention <scale = 0.25>"
+    kept = "b, " + str(6 // groups)
+    text = (
+        f"g (float[b, 6, s, 32] q, float[{kept}, t, 32] k, float[{kept}, t, 16] v, float[{bias}] m)"
+        f" => (float[b, 6, s, 16] y) {{ y = qcompile.{call} (q, k, v, m) }}"
+    )
+    program = both(text, target=HOST)
+    names = {variable.name_hint for variable in program.found.module.get_global_vars()}
+    assert "attention" in names and not any("weights" in name for name in names)
+    for batch, rows, keys in ((2, 1, 1), (1, 3, 16), (2, 5, 150)):
+        sides = (6, rows, 32), (6 // groups, keys, 32), (6 // groups, keys, 16)
+        q, k, v = (RANDOM.normal(size=(batch, *held)).astype(np.float32) for held in sides)
+        shape = (batch, 1, rows, keys) if groups == 1 else (keys,)
+        mask = np.where(RANDOM.random(shape) < 0.4, np.finfo(np.float32).min, 0).astype(np.float32)
+        mask[..., : keys // 2] = np.finfo(np.float32).min  # more than a chunk that weighs nothing
+        program.close(2e-6, q=3 * q, k=k, v=v, m=mask)
+
+
+@rounds_x
+def test_a_score_that_is_no_number_spoils_its_row_alone() -> None:
+    text = (
+        "g (float[1, 1, s, 16] q, float[1, 1, t, 16] k, float[1, 1, t, 16] v, float[t] m)"
+        " => (float[1, 1, s, 16] y) { y = qcompile.Attention <scale = 1.0> (q, k, v, m) }"
+    )
+    q, k = (np.ones((1, 1, side, 16), np.float32) for side in (2, 20))
+    q[0, 0, 1, 3] = np.nan
+    y = both(text, target=HOST).run(q=q, k=k, v=k, m=np.zeros(20, np.float32))[1]["y"]
+    assert (y[0, 0, 0] == 1).all() and np.isnan(y[0, 0, 1]).all()

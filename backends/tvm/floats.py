@@ -29,6 +29,11 @@ def exp(x: Any, dtype: str) -> Any:
     return _held(x, _exp) if dtype == "float32" else tirx.exp(x)
 
 
+def exp_lanes(x: Any, lanes: int) -> Any:
+    """e^x of a vector of float32 without NaN; ``x`` is a variable."""
+    return _exp(x, lanes)
+
+
 def erf(x: Any, dtype: str) -> Any:
     return _held(x, _erf) if dtype == "float32" else tirx.erf(x)
 
@@ -39,15 +44,20 @@ def _held(x: Any, of: Callable[[Any], Any]) -> Any:
     return tirx.Let(value, x, tirx.Select(tirx.isnan(value), value, of(value)))
 
 
-def _exp(x: Any) -> Any:
-    bound = tirx.max(tirx.min(x, _float(_HIGHEST)), _float(_LOWEST))
-    n, r = tirx.Var("n", "float32"), tirx.Var("r", "float32")
-    bits = (tirx.Cast("int32", n) + tirx.const(127, "int32")) * tirx.const(2**23, "int32")
-    grown = _series([1 / math.factorial(term) for term in range(_TERMS)], r)
-    scaled = grown * tirx.call_intrin("float32", "tirx.reinterpret", bits)
-    whole = tirx.nearbyint(bound * _float(1 / math.log(2)))
-    rest = bound - n * _float(_HIGH) - n * _float(_LOW)
-    return tirx.Select(x < _float(_LOWEST), _float(0.0), tirx.Let(n, whole, tirx.Let(r, rest, scaled)))
+def _exp(x: Any, lanes: int = 1) -> Any:
+    n, r = (tirx.Var(name, _kind("float32", lanes)) for name in "nr")
+
+    def number(value: float) -> Any:
+        return _splat(_float(value), lanes)
+
+    bound = tirx.max(tirx.min(x, number(_HIGHEST)), number(_LOWEST))
+    exponent = tirx.Cast(_kind("int32", lanes), n) + _splat(tirx.const(127, "int32"), lanes)
+    bits = exponent * _splat(tirx.const(2**23, "int32"), lanes)
+    grown = _series([1 / math.factorial(term) for term in range(_TERMS)], r, lanes)
+    scaled = grown * tirx.call_intrin(_kind("float32", lanes), "tirx.reinterpret", bits)
+    whole = tirx.nearbyint(bound * number(1 / math.log(2)))
+    rest = bound - n * number(_HIGH) - n * number(_LOW)
+    return tirx.Select(x < number(_LOWEST), number(0.0), tirx.Let(n, whole, tirx.Let(r, rest, scaled)))
 
 
 def _erf(x: Any) -> Any:
@@ -57,12 +67,20 @@ def _erf(x: Any) -> Any:
     return tirx.Let(bound, clipped, tirx.Let(square, bound * bound, ratio))
 
 
-def _series(factors: Sequence[float], x: Any) -> Any:
-    total = _float(factors[-1])
+def _series(factors: Sequence[float], x: Any, lanes: int = 1) -> Any:
+    total = _splat(_float(factors[-1]), lanes)
     for factor in reversed(factors[:-1]):
-        total = total * x + _float(factor)
+        total = total * x + _splat(_float(factor), lanes)
     return total
 
 
 def _float(value: float) -> Any:
     return tirx.const(value, "float32")
+
+
+def _splat(value: Any, lanes: int) -> Any:
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def _kind(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
