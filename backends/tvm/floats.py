@@ -1,8 +1,8 @@
-"""exp and erf of float32 as arithmetic, which LLVM makes vectors of; a call into the math library is one number a time.
+"""exp, erf and tanh of float32 as arithmetic: LLVM makes vectors of it, and the math library takes one number a time.
 
     exp(x) = 2^n exp(r),  n = rint(x / ln 2),  |r| <= ln 2 / 2:  the series of exp, its error below that of rounding
-    erf(x) = x P(x^2) / Q(x^2) for |x| <= 4, where float32 has reached 1
-Both are within 4e-7 of the value, or of 1 for erf. Other types take the library.
+    erf(x) = x P(x^2) / Q(x^2) for |x| <= 4, tanh(x) for |x| <= 9, where float32 has reached 1
+All are within 4e-7 of the value, or of 1 for erf. Other types take the library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ _ABOVE = (-1.60960333262415e-02, -2.95459980854025e-03, -7.34990630326855e-04, -
 _BELOW = (-1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -2.13374055278905e-04,
           -1.45660718464996e-05)  # fmt: skip
 _ONE = 4.0
+_TANH_ABOVE = (4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
+               -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16)  # fmt: skip
+_TANH_BELOW = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+_TANH_ONE = 9.0
 
 
 def exp(x: Any, dtype: str) -> Any:
@@ -35,7 +39,11 @@ def exp_lanes(x: Any, lanes: int) -> Any:
 
 
 def erf(x: Any, dtype: str) -> Any:
-    return _held(x, _erf) if dtype == "float32" else tirx.erf(x)
+    return _held(x, lambda v: _ratio(v, _ABOVE, _BELOW, _ONE)) if dtype == "float32" else tirx.erf(x)
+
+
+def tanh(x: Any, dtype: str) -> Any:
+    return _held(x, lambda v: _ratio(v, _TANH_ABOVE, _TANH_BELOW, _TANH_ONE)) if dtype == "float32" else tirx.tanh(x)
 
 
 def _held(x: Any, of: Callable[[Any], Any]) -> Any:
@@ -60,10 +68,11 @@ def _exp(x: Any, lanes: int = 1) -> Any:
     return tirx.Select(x < number(_LOWEST), number(0.0), tirx.Let(n, whole, tirx.Let(r, rest, scaled)))
 
 
-def _erf(x: Any) -> Any:
+def _ratio(x: Any, above: Sequence[float], below: Sequence[float], one: float) -> Any:
+    """An odd function that is 1 from ``one`` on: x times a quotient of series of x^2."""
     bound, square = tirx.Var("b", "float32"), tirx.Var("s", "float32")
-    ratio = bound * _series(_ABOVE, square) / _series(_BELOW, square)
-    clipped = tirx.max(tirx.min(x, _float(_ONE)), _float(-_ONE))
+    ratio = bound * _series(above, square) / _series(below, square)
+    clipped = tirx.max(tirx.min(x, _float(one)), _float(-one))
     return tirx.Let(bound, clipped, tirx.Let(square, bound * bound, ratio))
 
 
