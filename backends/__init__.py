@@ -41,9 +41,12 @@ def missing(name: str) -> str:
     from ctypes.util import find_library
     from importlib.util import find_spec
 
+    from qcompile.backends.tvm.require import INSTALL, is_installed
+
     if ".mobile." in TARGETS[name]:
         return "a phone: see README.md in its folder"
     if ".cuda." in TARGETS[name]:
         return "" if find_library("cuda") else "no driver of an NVIDIA GPU; it compiles here where nvcc is"
-    module, extra = ("tvm", "tvm") if ".tvm." in TARGETS[name] else ("onnxruntime", "cpu")
-    return "" if find_spec(module) else f"{module} is not installed: pip install 'qcompile-nn[{extra}]'"
+    if ".tvm." in TARGETS[name]:
+        return "" if is_installed() else f"tvm is not installed: {INSTALL}"
+    return "" if find_spec("onnxruntime") else "onnxruntime is not installed: pip install 'qcompile-nn[cpu]'"

@@ -83,26 +83,35 @@ class Lower(Pass):
         return self.backend.lower(model, ctx)
 
 
-def open_session(folder: Path, *, threads: int | None = None, library: Path | None = None) -> Any:
-    """The program in ``folder``, whichever backend wrote it, with the methods of an ONNX Runtime session.
+def program_at(path: Path) -> Path:
+    """The folder of a program that is no ONNX file, else the ONNX file that ``path`` is or has in it."""
+    if (path / TVM_PROGRAM).is_file():
+        return path
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        raise _elsewhere(path)
+    return file
+
+
+def open_session(path: Path, *, threads: int | None = None, library: Path | None = None) -> Any:
+    """The program at ``path``, a folder of any backend or an ONNX file, with the methods of an ONNX Runtime session.
 
     library: of ONNX Runtime's kernels, where no manifest lists them yet; otherwise those that the manifest lists
     """
     from qcompile.calibration import runner
     from qcompile.calibration.library import library_beside
 
-    if (folder / TVM_PROGRAM).is_file():
-        from qcompile.backends.tvm.program import Session, describe
+    found = program_at(path)
+    if found.is_file():
+        beside = library if library is not None else library_beside(found)
+        return runner.open_session(found, threads=threads, library=beside)
+    from qcompile.backends.tvm.program import Session, describe
 
-        if describe(folder)["device"] == "cuda":
-            from qcompile.backends.cuda.program import Session as OnGpu
+    if describe(found)["device"] == "cuda":
+        from qcompile.backends.cuda.program import Session as OnGpu
 
-            return OnGpu(folder)
-        return Session(folder, threads)
-    path = folder / "model.onnx"
-    if not path.is_file():
-        raise _elsewhere(folder)
-    return runner.open_session(path, threads=threads, library=library if library is not None else library_beside(path))
+        return OnGpu(found)
+    return Session(found, threads)
 
 
 def program_interface(folder: Path) -> dict[str, Any]:
@@ -114,11 +123,6 @@ def program_interface(folder: Path) -> dict[str, Any]:
 
         return ports(folder)
     return dict(interface(ir.load(folder / "model.onnx")))
-
-
-def is_program(folder: Path) -> bool:
-    """Whether ``folder`` holds a compiled program of any backend."""
-    return any((folder / name).is_file() for name in (TVM_PROGRAM, "model.onnx"))
 
 
 def open_program(folder: Path, *, library: Path | None = None) -> Program:
@@ -139,10 +143,10 @@ def open_program(folder: Path, *, library: Path | None = None) -> Program:
 
 
 def _elsewhere(folder: Path) -> UserError:
-    """``folder`` holds no program for this machine."""
+    """There is no program for this machine at ``folder``."""
     device = manifest.load(folder).get("device") if (folder / manifest.FILE).is_file() else None
     if device is None or "triple" not in device:
-        return UserError(f"'{folder}' holds no program", hint="give the folder of -o DIR")
+        return UserError(f"no program at '{folder}'", hint="give the folder of -o DIR or an .onnx file")
     here = f"{platform.machine()} {platform.system()}"
     what = f"'{folder}' is a package for {device['triple']}, and this machine is {here}"
     return UserError(what, hint="run it on the device (its README.md says how), or compile with --target cpu as well")

@@ -50,13 +50,25 @@ WHOLE, TOKEN = ("per_tensor",), ("per_tensor", "per_token")
 COLUMN, GROUP = ("per_tensor", "per_channel"), ("per_tensor", "per_channel", "group")
 _INTEGER = "int8 x int8 in int32, codes of fewer bits in bytes"
 
-_TVM = (
-    Legal("linear", COLUMN, ALL, TOKEN, ALL, _INTEGER),
-    Legal("linear", GROUP, ALL, (FLOAT,), (), "packed weights of 2, 4 or 8 bits x float32"),
-    Legal("head", COLUMN, ALL, TOKEN, ALL, _INTEGER),
-    Legal("head", GROUP, ALL, (FLOAT,), (), "packed weights of 2, 4 or 8 bits x float32"),
-    Legal("embedding", GROUP, ALL, (FLOAT,), (), "rows of bytes, dequantised where they are read"),
+
+_LLVM = (
+    Legal("linear", COLUMN, (2, 3, 4), TOKEN, ALL, "packed weights x int8 in int32"),
+    Legal("linear", GROUP, ALL, TOKEN, ALL, "packed weights x int8 in int32 with AVX-512 VNNI, else in float32"),
 )
+
+
+def _tvm(bits: str) -> tuple[Legal, ...]:
+    """``bits``: that packed weights have a kernel for."""
+    packed = f"packed weights of {bits} bits x float32"
+    return (
+        Legal("linear", COLUMN, ALL, TOKEN, ALL, _INTEGER),
+        Legal("linear", GROUP, ALL, (FLOAT,), (), packed),
+        Legal("head", COLUMN, ALL, TOKEN, ALL, _INTEGER),
+        Legal("head", GROUP, ALL, (FLOAT,), (), packed),
+        Legal("embedding", GROUP, ALL, (FLOAT,), (), "rows of bytes, dequantised where they are read"),
+    )
+
+
 _CPU = (
     Legal("linear", COLUMN, ALL, TOKEN, ALL, "MatMulIntegerToFloat, QGemm"),
     Legal("linear", GROUP, ALL, (FLOAT,), (), "MatMulNBits of 2, 4 or 8 bits"),
@@ -65,7 +77,11 @@ _CPU = (
     Legal("embedding", GROUP, ALL, (FLOAT,), (), "rows of bytes, dequantised where they are read"),
     Legal("cache", (FLOAT,), (), ("per_token",), (8, 4), "codes, scales and zero points as inputs and outputs"),
 )
-TABLE: dict[str, tuple[Legal, ...]] = {"cpu": _CPU, "llvm": _TVM, "cuda": _TVM, "android": _TVM, "ios": _TVM}
+TABLE: dict[str, tuple[Legal, ...]] = {
+    "cpu": _CPU,
+    "llvm": (*_LLVM, *_tvm("2, 3, 4 or 8")),
+    **dict.fromkeys(("cuda", "android", "ios"), _tvm("2, 4 or 8")),
+}
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place
 INTEGER_ONLY = ("cpu", "llvm", "cuda", "android", "ios")  # targets that run what int_only writes, with the same bits
 

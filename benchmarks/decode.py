@@ -24,6 +24,8 @@ import numpy as np
 from benchmarks import options, protocol
 from benchmarks.jobs import run_job
 from benchmarks.results import Results
+from qcompile import manifest
+from qcompile.backends.base import program_at
 
 if TYPE_CHECKING:
     from qcompile.generation import Decoder
@@ -40,11 +42,11 @@ def programs(rows: Sequence[str], model: Path, folder: Path, calibration: Path) 
         wanted = options.Wanted.parse(text)
         plain = dataclasses.replace(wanted, target=options.TARGET)
         made = folder / f"{plain.file(MODEL)}-decode-{wanted.target}"
-        if not (made / "model.onnx").is_file():
+        if not (made / manifest.FILE).is_file():
             done = run_job("compile", model=model, out=made, calibration=calibration, **wanted.settings)
             if done.error:
                 raise SystemExit(f"error: {text} did not compile: {done.error}")
-        found[wanted.name] = made / "model.onnx"
+        found[wanted.name] = program_at(made)
     return found
 
 
@@ -77,7 +79,8 @@ def row(
     name: str, taken: list[float], decoder: Decoder, tokens: int, score: float | None, path: Path
 ) -> dict[str, Any]:
     """A row of the table; the decoder has read ``tokens`` tokens."""
-    held = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    files = path.iterdir() if path.is_dir() else path.parent.glob(f"{path.name}*")
+    held = sum(file.stat().st_size for file in files if file.name not in (manifest.FILE, manifest.REPORT))
     return {
         "key": name,
         "name": name,

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,35 @@ def score(bench: str, program: str, data: str, tokenizer: str, limit: int | None
     return {"value": value, "kernels": dict(sorted(kernels.items())), "file_mb": size / 1e6}
 
 
+def command(words: list[str]) -> dict[str, Any]:
+    """``qcompile`` on the command line."""
+    from qcompile import cli
+
+    start = time.perf_counter()
+    code = cli.main(words)
+    if code:
+        raise SystemExit(code)
+    return {"seconds": time.perf_counter() - start}
+
+
+def compare(
+    program: str, reference: str, bench: str, data: str, tokenizer: str, samples: int, context: int, tokens: int
+) -> dict[str, Any]:
+    """The outputs of two programs on the same inputs, stage by stage."""
+    from benchmarks import outputs
+
+    held = PROTOCOLS[bench](Path(data), Path(tokenizer))
+    feeds = outputs.inputs(held, samples, context, tokens)
+    both = [outputs.of(Path(path), feeds) for path in (reference, program)]
+    return {stage: outputs.difference(*(found[stage] for found in both)) for stage in both[0]}
+
+
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "compile": compile_model,
     "peer": quantise_with_peer,
     "score": score,
+    "command": command,
+    "compare": compare,
 }
 
 

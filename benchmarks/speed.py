@@ -30,8 +30,7 @@ ROWS = "float,w8a8_static:os_plus,w8a8:os_plus"
 
 def programs(name: str, rows: Sequence[str], model: Path, folder: Path, calibration: Path) -> dict[str, Path]:
     """What to time by its name in the table, an ONNX file or the folder of another program; the float export first."""
-    from qcompile.backends.base import TVM_PROGRAM
-    from qcompile.commands.bench import program_at
+    from qcompile.backends.base import TVM_PROGRAM, program_at
 
     found = {"float export": model}
     made = {"model": model, "calibration": calibration}
@@ -102,9 +101,9 @@ def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[list[
 
 
 def _runner(path: Path, feeds: protocol.Arrays, threads: int) -> Callable[[], Any]:
-    from qcompile.commands.bench import opened
+    from qcompile.backends.base import open_session
 
-    session = opened(path, threads)
+    session = open_session(path, threads=threads)
     wanted = {i.name for i in session.get_inputs()}
     return functools.partial(session.run, None, {k: v for k, v in feeds.items() if k in wanted})
 

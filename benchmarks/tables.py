@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators", "kernels", "cuda_kernels", "training")  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels", "targets", "training")  # that stand on a page of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:
@@ -38,6 +38,7 @@ def render(result: Mapping[str, Any]) -> str:
         "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
         "kernels": kernels,
         "cuda_kernels": cuda_kernels,
+        "targets": targets,
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
@@ -211,6 +212,37 @@ def cuda_kernels(result: Mapping[str, Any]) -> str:
             f"{row['memory_us']:.1f}", f"{row['unit_us']:.1f}",
         ))  # fmt: skip
     return f"{table(head, lines)}\n\nCompiled by {result['rows'][0]['compiler']}, not run."
+
+
+def targets(result: Mapping[str, Any]) -> str:
+    """One row a model, recipe and target: what compiling cost, and the outputs beside the `cpu` program's."""
+    head = ("model", "recipe", "target", "s", "CPU s", "peak MB", "MB", "matmuls in low bits", "kernels",
+            "outputs beside `cpu`: largest error / largest value, same top 1")  # fmt: skip
+    lines = [_target_line(row) for row in result["rows"]]
+    loads = [row["load"] for row in result["rows"]]
+    how = (
+        f"Compiled by the command line with {result['samples']} calibration samples, "
+        f"load average {min(loads):.1f} to {max(loads):.1f}. SmolLM2: {result['context']} tokens at once, then "
+        f"{result['tokens']} one at a time."
+    )
+    return f"{table(head, lines)}\n\n{how}"
+
+
+def _target_line(row: Row) -> Sequence[str]:
+    named = row["model"], row["name"], f"`{row['target']}`"
+    cost = number(row["seconds"]), number(row["cpu_seconds"]), number(row["peak_mb"])
+    if "mb" not in row:
+        return *named, *cost, "", "", "", f"no result: {row['error']}"
+    kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
+    found = "; ".join(_stage(name, stage) for name, stage in row["compared"].items())
+    share = f"{row['low_bit']} / {sum(row['kernels'].values())}"
+    return *named, *cost, f"{row['mb']:.1f}", share, kernels, found or f"not compared: {row['error']}"
+
+
+def _stage(name: str, stage: Row) -> str:
+    if stage["exact"]:
+        return f"{name}: the same bits"
+    return f"{name}: {stage['error']:.2g} / {stage['reach']:.3g}, {100 * stage['same']:.1f} %"
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompile.backends.base import TVM_PROGRAM
-from qcompile.backends.base import open_session as open_folder
-from qcompile.calibration.library import library_beside
-from qcompile.calibration.runner import open_session
+from qcompile.backends.base import open_session
 from qcompile.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,11 +57,7 @@ class Decoder:
     @classmethod
     def open(cls, program: str | Path, threads: int = 1) -> Decoder:
         """The decoder of an ONNX file, or of the program in a folder."""
-        path = Path(program)
-        if (path / TVM_PROGRAM).is_file():
-            return cls(open_folder(path, threads=threads))
-        file = path / "model.onnx" if path.is_dir() else path
-        return cls(open_session(file, threads=threads, library=library_beside(file)))
+        return cls(open_session(Path(program), threads=threads))
 
     def reset(self) -> None:
         """Forget every token."""

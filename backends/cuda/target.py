@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qcompile.backends.base import Kernel, Program, open_program, spelled
 from qcompile.backends.cuda import compiler
-from qcompile.backends.tvm.require import require_tvm
+from qcompile.backends.tvm.require import require_translation
 from qcompile.pipeline import Arrays, Context, Target
 
 _BUILT: dict[Path, tuple[ir.Model, dict[str, Any]]] = {}  # by the folder of the package, until its facts are told
@@ -44,19 +44,13 @@ class Cuda:
         )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
-        require_tvm()
         compiler.require_nvcc()  # rather now than after the search for ranges
-        from qcompile.backends.tvm.translate import check
-
-        model.graph.sort()
-        check(model)
-        return 0
+        return require_translation(model)
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        from qcompile.backends.tvm.program import describe
+        from qcompile.backends.tvm.program import products
 
-        kernels: list[Kernel] = describe(model.parent)["kernels"]
-        return kernels
+        return products(model.parent)
 
     def package(self, model: ir.Model, folder: Path) -> None:
         from qcompile.backends.cuda import package

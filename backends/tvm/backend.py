@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from qcompile.backends.base import Kernel, spelled
-from qcompile.backends.tvm.require import require_tvm
+from qcompile.backends.tvm.require import require_translation, require_tvm
 from qcompile.errors import UserError
 from qcompile.pipeline import Context, Target
+
+KERNELS = ("matmul_integer", "matmul_nbits", "matmul_nbits_int8", "matmul_w4a8")  # of ``kernels``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +39,22 @@ class TvmLlvm:
             name=spelled(self),
             backend="tvm",
             description="TVM, machine code for CPUs: one library that TVM's runtime loads",
-            kernels=("matmul_integer", "matmul_nbits", "matmul_nbits_int8", "integer_linear", "weight_only_linear"),
+            kernels=(*KERNELS, "integer_linear", "weight_only_linear"),
         )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
         from qcompile.backends.tvm import written
-        from qcompile.backends.tvm.translate import check
 
         if self.accuracy_level == 4 and written.unit(self._machine()) not in written.ROUNDING_UNITS:
             hint = "leave accuracy_level out, or name a processor with AVX-512 VNNI: llvm{mcpu=icelake-server}"
             raise UserError("accuracy_level=4 has no kernel for this processor", where=self.name, hint=hint)
-        model.graph.sort()
-        check(model)
-        return 0
+        return require_translation(model)
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        from qcompile.backends.tvm.program import describe
+        from qcompile.backends.tvm.program import products
 
-        kernels: list[Kernel] = describe(model.parent)["kernels"]
-        return kernels
+        return products(model.parent)
 
     def package(self, model: ir.Model, folder: Path) -> None:
         require_tvm()

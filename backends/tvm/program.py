@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.backends.base import Kernel
 from qcompile.backends.tvm import parameters
 from qcompile.backends.tvm.require import require_tvm
 from qcompile.errors import UserError
@@ -61,6 +62,12 @@ def describe(folder: Path) -> dict[str, Any]:
         hint = "compile the model again with this version"
         raise UserError(f"'{path}' has format {found.get('format')}, this version reads {FORMAT}", hint=hint)
     return found
+
+
+def products(folder: Path) -> list[Kernel]:
+    """How each product of the program in ``folder`` runs."""
+    kernels: list[Kernel] = describe(folder)["kernels"]
+    return kernels
 
 
 def ports(folder: Path) -> dict[str, Any]:

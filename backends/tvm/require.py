@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qcompile.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 INSTALL = "pip install 'qcompile-nn[tvm]'"
 
@@ -24,3 +28,13 @@ def require_tvm() -> ModuleType:
         return importlib.import_module("tvm")
     except Exception as error:  # a library that does not load raises what it likes
         raise UserError(f"TVM is installed but does not load: {error}", hint=INSTALL) from error
+
+
+def require_translation(model: ir.Model) -> int:
+    """Sort ``model`` and see that TVM is here and has a translation for every operator; 0, the number of rewrites."""
+    require_tvm()
+    from qcompile.backends.tvm.translate import check
+
+    model.graph.sort()
+    check(model)
+    return 0

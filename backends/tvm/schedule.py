@@ -1,6 +1,7 @@
 """CPU schedules of the kernels that the translator writes.
 
 tiles        each tile in registers: k outside, rows unrolled, a vector of columns inside
+lanes        a reduction of floats: k outside, a vector of its lanes in a register
 other loops  the outer ones joined and spread over the threads; LLVM makes vectors of the innermost
 """
 
@@ -12,6 +13,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 
+from qcompile.backends.tvm.stages import IN_LANES, TAIL
 from qcompile.backends.tvm.tiles import PRODUCT
 from qcompile.backends.tvm.written import SCHEDULED
 
@@ -35,11 +37,17 @@ def _scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:
     tiled = False
     root = sch.get_sblock("root", "main")
     for block in sch.get_child_blocks(root):
-        if sch.get(block).name_hint == PRODUCT:
+        name = sch.get(block).name_hint
+        if name == PRODUCT:
             _tile(sch, block)
+            tiled = True
+        elif name.startswith(IN_LANES):
+            _in_lanes(sch, block)
             tiled = True
         else:
             _spread(sch, block)
+            if name.startswith(TAIL):  # of no elements too, whose result must be set
+                sch.decompose_reduction(block, sch.get_loops(block)[-1])
     done = _compact(sch.mod) if tiled else sch.mod
     return done["main"].without_attr("global_symbol").with_attr(SCHEDULED, True)
 
@@ -70,6 +78,19 @@ def _tile(sch: Schedule, block: Any) -> None:
     start = sch.decompose_reduction(block, k)
     sch.vectorize(sch.get_loops(start)[-1])
     sch.unroll(sch.get_loops(start)[-2])
+
+
+def _in_lanes(sch: Schedule, block: Any) -> None:
+    """Loops (*row, lane, k) -> parallel(*row), k, a vector of lanes."""
+    *outer, lane, k = sch.get_loops(block)
+    held = sch.cache_write(block, 0, "local")
+    sch.reorder(*outer, k, lane)
+    if outer:
+        sch.reverse_compute_at(held, outer[-1], preserve_unit_loops=True)
+        sch.parallel(sch.fuse(*outer))
+    sch.vectorize(lane)
+    sch.vectorize(sch.get_loops(held)[-1])
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(block, k))[-1])
 
 
 def _spread(sch: Schedule, block: Any) -> None:

@@ -73,7 +73,7 @@ class Body(Scope):
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self.kernel = Kernel(program.dims)
+        self.kernel = Kernel(program.dims, program.tiles)
 
     @property
     def program(self) -> Program:

@@ -9,9 +9,12 @@ from typing import Any
 from tvm import te, tirx
 from tvm.s_tir import renew_defs
 
-from qcompile.backends.tvm.values import Dim, Index, Tensor, walk
+from qcompile.backends.tvm.values import Dim, Index, Tensor, simplified, walk
 
 COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": te.min}
+JOIN: dict[str, Callable[[Any, Any], Any]] = {"sum": lambda a, b: a + b, "max": tirx.max, "min": tirx.min}
+LANES = 16  # of a reduction of floats that a CPU does as vectors
+IN_LANES, TAIL = "lanes", "tail"  # names of its stages, which schedules know
 
 
 def opaque(value: Any, dtype: str) -> Any:
@@ -65,10 +68,10 @@ class Writer:
 
 
 class Kernel:
-    """A PrimFunc in the making: its stages, and the tensors that it reads."""
+    """A PrimFunc in the making: its stages, and the tensors that it reads. ``vectors``: floats are reduced in lanes."""
 
-    def __init__(self, dims: Mapping[str, tirx.Var]) -> None:
-        self._known_dims = dims
+    def __init__(self, dims: Mapping[str, tirx.Var], vectors: bool = False) -> None:
+        self._known_dims, self._vectors = dims, vectors
         self.stages: dict[int, te.Tensor] = {}
         self.inputs: list[Tensor] = []
         self._placeholders: list[te.Tensor] = []
@@ -96,6 +99,8 @@ class Kernel:
     def reduce(self, kind: str, result: Tensor, source: Tensor, axes: Sequence[int], name: str = "r") -> te.Tensor:
         """A stage ``result``: ``source`` combined over ``axes``, which stay as dims of one."""
         self._open([source])
+        if self._vectors and list(axes) == [source.rank - 1] and source.dtype.startswith("float"):
+            return self._reduce_in_lanes(kind, result, source)
         over = {axis: te.reduce_axis(wide((0, source.shape[axis])), name=f"k{axis}") for axis in axes}
 
         def element(*index: Any) -> Any:
@@ -105,6 +110,30 @@ class Kernel:
             return COMBINE[kind](writer.closed(read), axis=list(over.values()))
 
         return self.put(result, te.compute(wide(result.shape), element, name=name))
+
+    def _reduce_in_lanes(self, kind: str, result: Tensor, source: Tensor) -> te.Tensor:
+        """Every 16th element of a row, its tail, and all of these: a compiler may not reorder sums of floats itself."""
+        side = source.shape[-1]
+        start = simplified(side // LANES * LANES)
+
+        def part(name: str, count: Dim, width: int, place: Callable[[Any, Any], Any]) -> te.Tensor:
+            k = te.reduce_axis(wide((0, count)), name="k")
+
+            def element(*index: Any) -> Any:
+                writer = Writer([source], self.stages)
+                read = writer.at(source, (*index[:-1], place(k.var, index[-1])))
+                return COMBINE[kind](writer.closed(read), axis=k)
+
+            return te.compute(wide((*source.shape[:-1], width)), element, name=name)
+
+        lanes = part(IN_LANES, simplified(side // LANES), LANES, lambda k, lane: k * LANES + lane)
+        tail = part(TAIL, simplified(side % LANES), 1, lambda k, _: start + k)
+        k = te.reduce_axis(wide((0, LANES)), name="k")
+        shape = wide(result.shape)
+        whole = te.compute(shape, lambda *i: COMBINE[kind](lanes(*i[:-1], k.var), axis=k), name="whole")
+        if isinstance(side, int) and side % LANES == 0:
+            return self.put(result, whole)
+        return self.put(result, te.compute(shape, lambda *i: JOIN[kind](whole(*i), tail(*i)), name="r"))
 
     def product(self, result: Tensor, element: Callable[..., Any], size: Any, name: str = "matmul") -> te.Tensor:
         """A stage ``result``: the sum of ``element(index, k)`` over ``size`` values of k."""

@@ -15,8 +15,9 @@ import numpy as np
 
 from qcompile.backends.tvm import kernels
 from qcompile.backends.tvm.kernels.api import LARGEST_SUM
+from qcompile.backends.tvm.kernels.attention import LANES, AttentionProduct
 from qcompile.backends.tvm.kernels.packing import CODE_BITS
-from qcompile.backends.tvm.notes import Weight
+from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.scopes import Program
 from qcompile.backends.tvm.values import Tensor
 
@@ -65,16 +66,65 @@ def weight_only(program: Program, x: Tensor, weight: Weight) -> tuple[Tensor, st
         (kernels.matmul_nbits_int8, "matmul_nbits_int8") if level == 4 else (kernels.matmul_nbits, "matmul_nbits")
     )
     operands = kernels.pack_nbits(packed.codes, packed.scale, packed.zero, packed.bits, group)
-    held = [
-        program.parameter(f"{weight.name}.{part}", array, array.dtype.name)
-        for part, array in zip((f"panels{packed.bits}", "scales", "zeros"), operands, strict=False)
-    ]
+    held = _parameters(program, weight.name, (f"panels{packed.bits}", "scales", "zeros"), operands)
     symmetric = packed.zero is None
     result = _call(
         program, (name, depth, columns, packed.bits, group, symmetric), x, held, columns, "float32",
         lambda: kernel(depth, columns, packed.bits, group, program.target, zero_points=not symmetric),
     )  # fmt: skip
     return result, name
+
+
+def takes_codes(program: Program, grid: Activation | Rows, weight: Weight) -> Packed | None:
+    """``weight`` as ``few_bits`` takes it; None where there is no kernel, or ``integer`` has the better one."""
+    if unit(program.target) not in ROUNDING_UNITS or grid.codes.dtype not in ("int8", "uint8"):
+        return None
+    (depth, _), group = weight.matrix.shape, weight.group
+    packed = as_codes(weight) if group >= depth or group % 32 == 0 else None
+    if packed is None or (packed.bits == 8 and weight.per_column):
+        return None
+    return packed if min(group, depth) * 255 * 2**packed.bits <= LARGEST_SUM else None
+
+
+def few_bits(
+    program: Program, x: Tensor, grid: Activation | Rows, scales: Sequence[Tensor], weight: Weight, packed: Packed
+) -> Tensor:
+    """x (M, K) codes times a matrix of codes, as floats. ``scales``: of each row, its step and its zero point."""
+    (depth, columns), bits, group = weight.matrix.shape, packed.bits, weight.group
+    scale, zero, static = packed.scale, None, isinstance(grid, Activation)
+    if isinstance(grid, Activation):
+        scale = np.float32(grid.scale.array.reshape(-1)[0]) * scale
+        zero = 0 if grid.zero is None else int(grid.zero.array.reshape(-1)[0])
+        zero -= 128 if x.dtype == "uint8" else 0
+    operands = kernels.pack_nbits(packed.codes, scale, packed.zero, bits, group, sums=x.dtype == "uint8", x_zero=zero)
+    names = (f"panels{bits}", "scales", *([] if packed.zero is None else ["zeros"]), "sums")
+    held = _parameters(program, weight.name, names, operands)
+    key = ("matmul_w4a8", depth, columns, bits, group, packed.zero is None, x.dtype, static)
+    return _call(
+        program, key, x, [*scales, *held], columns, "float32",
+        lambda: kernels.matmul_w4a8(
+            depth, columns, bits, group, program.target, x_dtype=x.dtype, zero_points=packed.zero is not None,
+            static=static,
+        ),
+    )  # fmt: skip
+
+
+def attention(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, groups: int
+) -> Tensor | None:
+    """softmax(scale q k^T + bias) v of floats; None where the heads fill no registers."""
+    heads, depth, width = q.shape[1], q.shape[-1], v.shape[-1]
+    fixed = [side for side in (heads, depth, width) if isinstance(side, int)]
+    whole = len(fixed) == 3 and depth % LANES == 0 and width % LANES == 0
+    if unit(program.target) not in ROUNDING_UNITS or q.dtype != "float32" or not whole or bias.rank > 4:
+        return None
+    held = program.reshape(bias, (*[1] * (4 - bias.rank), *bias.shape))
+    stretched = tuple(isinstance(side, int) and side == 1 for side in held.shape)
+    return program.written(
+        ("attention", heads, groups, depth, width, scale, stretched),
+        lambda: _plain(AttentionProduct(heads, groups, depth, width, scale, stretched).primitive("attention")),
+        [program.force(tensor) for tensor in (q, k, v, held)], (*q.shape[:-1], width), "float32",
+    )  # fmt: skip
 
 
 def as_codes(weight: Weight) -> Packed | None:
@@ -96,11 +146,22 @@ def unit(target: Any) -> str:
     return kernels.features(target).unit if target is not None else ""
 
 
+def _parameters(
+    program: Program, name: str, parts: Sequence[str], operands: Sequence[np.ndarray]
+) -> list[Tensor]:
+    return [
+        program.parameter(f"{name}.{part}", array, array.dtype.name)
+        for part, array in zip(parts, operands, strict=False)
+    ]
+
+
 def _call(
     program: Program, key: Hashable, x: Tensor, held: Sequence[Tensor], columns: int, dtype: str,
     write: Callable[[], Any],
 ) -> Tensor:  # fmt: skip
-    def made() -> Any:
-        return write().without_attr("global_symbol").with_attr(SCHEDULED, True)
+    return program.written(key, lambda: _plain(write()), [x, *held], (x.shape[0], columns), dtype)
 
-    return program.written(key, made, [x, *held], (x.shape[0], columns), dtype)
+
+def _plain(function: Any) -> Any:
+    """``function`` as one of a module that ``schedule`` leaves as it is."""
+    return function.without_attr("global_symbol").with_attr(SCHEDULED, True)

@@ -54,13 +54,14 @@ def bench(model: Path, against: Path, batch: int, seq: int, threads: int, rounds
     Trust the ratios: times in milliseconds move with whatever else the machine does.
     """
     from qcompile import roofline
+    from qcompile.backends.base import open_session, program_at
     from qcompile.calibration.runner import run_session
 
     mine, original = program_at(model), onnx_file(against)
     feeds = random_feeds(original, batch, seq)
     runs: list[Callable[[], Any]] = []
     for path in (original, mine):
-        session = opened(path, threads)
+        session = open_session(path, threads=threads)
         given = {i.name: feeds[i.name] for i in session.get_inputs() if i.name in feeds}
         runs.append(functools.partial(run_session, session, None, given))
     before, after = in_turns(runs, rounds)
@@ -73,24 +74,6 @@ def bench(model: Path, against: Path, batch: int, seq: int, threads: int, rounds
     click.echo(columns(rows, ("", "min ms", "median ms", "ratio of minima", "ratio of medians")))
     for op, count in work.uncounted.items():
         click.echo(f"the work of {count} {op} is not in the bounds")
-
-
-def program_at(path: Path) -> Path:
-    """The folder of a program that is no ONNX file, else the ONNX file that ``path`` names."""
-    from qcompile.backends.base import TVM_PROGRAM
-
-    return path if (path / TVM_PROGRAM).is_file() else onnx_file(path)
-
-
-def opened(path: Path, threads: int) -> Any:
-    """The session of a folder or an ONNX file."""
-    from qcompile.backends import base
-    from qcompile.calibration.library import library_beside
-    from qcompile.calibration.runner import open_session
-
-    if path.is_dir():
-        return base.open_session(path, threads=threads)
-    return open_session(path, threads=threads, library=library_beside(path))
 
 
 def onnx_file(path: Path) -> Path:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompile.commands import options
-from qcompile.commands.bench import onnx_file
 from qcompile.commands.text import columns
 from qcompile.errors import UserError
 
@@ -55,12 +54,13 @@ def run(
 
     A model with a key/value cache computes each token once; without one it computes all of them again each time.
     """
+    from qcompile.backends.base import program_at
     from qcompile.calibration.text import load_tokenizer
     from qcompile.generation import Decoder, end_tokens, generate
 
-    named = {"compiled" if against is not None else model.name: onnx_file(model)}
+    named = {"compiled" if against is not None else model.name: program_at(model)}
     if against is not None:
-        named["original"] = onnx_file(against)
+        named["original"] = program_at(against)
     words = load_tokenizer(tokenizer if tokenizer is not None else _beside(list(named.values())))
     ids = words.encode(prompt).ids
     rows, written = [], []
@@ -79,9 +79,9 @@ def run(
 
 
 def _beside(models: list[Path]) -> Path:
-    for path in models:
-        if (path.parent / TOKENIZER).is_file():
-            return path.parent
+    for folder in (path if path.is_dir() else path.parent for path in models):
+        if (folder / TOKENIZER).is_file():
+            return folder
     raise UserError("a text needs the model's tokenizer", hint="pass --tokenizer FOLDER (with tokenizer.json)")
 
 

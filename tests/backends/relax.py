@@ -13,6 +13,7 @@ from tvm import relax
 from qcompile.backends.tvm.pipeline import build
 from qcompile.backends.tvm.translate import translated
 from qcompile.calibration.runner import open_session
+from qcompile.graph.functions import DOMAIN, use
 
 Array = np.ndarray
 
@@ -54,6 +55,9 @@ class Both:
 
 def both(text: str, weights: dict[str, Array] | None = None, **options: Any) -> Both:
     """From the text of a graph, its constants in ``weights``; ``options`` of ``Both``."""
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21, "{DOMAIN}" : 1]>\n{text}')
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in (weights or {}).items())
-    return Both(ir.from_proto(proto), **options)
+    model = ir.from_proto(proto)
+    for name in {node.op_type for node in model.graph if node.domain == DOMAIN}:
+        use(model, name)
+    return Both(model, **options)

@@ -1,4 +1,4 @@
-"""exp and erf as arithmetic, against the math library in doubles."""
+"""exp, erf and tanh as arithmetic, against the math library in doubles."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ def test_erf_of_numbers_large_and_small() -> None:
     assert np.abs(y - np.vectorize(math.erf)(x.astype(np.float64))).max() < 4e-7
 
 
+def test_tanh_of_numbers_large_and_small() -> None:
+    x = drawn()
+    y = both("g (float[b, n] x) => (float[b, n] y) { y = Tanh (x) }").run(x=x)[1]["y"]
+    exact = np.tanh(x.astype(np.float64))
+    assert np.abs(y - exact).max() < 4e-7
+    assert (np.abs(y - exact)[exact != 0] / np.abs(exact)[exact != 0]).max() < 4e-7
+
+
+def test_rows_of_every_length_are_reduced() -> None:
+    """In lanes of 16, then the tail; either may hold nothing."""
+    program = both(
+        "g (float[b, n] x) => (float[b, 1] a, float[b, 1] c, float[b, 1] d, float[b, n] y) {"
+        " a = ReduceMax (x, axis) c = ReduceMin (x, axis) d = ReduceSum (x, axis) y = Softmax (x) }",
+        {"axis": np.array([-1])},
+    )
+    for length in (1, 15, 16, 17, 32, 75):
+        x = np.random.default_rng(length).normal(size=(3, length)).astype(np.float32) - 5 * np.float32(length % 2)
+        program.close(1e-6, x=x)
+
+
 def test_sigmoid_goes_through_exp() -> None:
     x = drawn()
     y = both("g (float[b, n] x) => (float[b, n] y) { y = Sigmoid (x) }").run(x=x)[1]["y"]
@@ -39,6 +59,6 @@ def test_what_is_far_below_the_largest_weighs_nothing() -> None:
 
 def test_what_is_no_number_stays_so() -> None:
     x = np.array([[np.nan, 1.0]], np.float32)
-    for operator in ("Erf", "Sigmoid"):
+    for operator in ("Erf", "Sigmoid", "Tanh"):
         y = both(f"g (float[b, n] x) => (float[b, n] y) {{ y = {operator} (x) }}").run(x=x)[1]["y"]
         assert np.isnan(y[0, 0]) and not np.isnan(y[0, 1])

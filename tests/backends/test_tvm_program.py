@@ -95,7 +95,7 @@ def test_a_decoder_with_its_cache_says_what_it_says_without(tmp_path: Path) -> N
 
 def test_a_scheme_that_the_target_cannot_run_is_refused_with_the_nearest(model: Path) -> None:
     with pytest.raises(UserError) as error:
-        qcompile.compile(model, recipe="w4a8_g32", target="llvm")
+        qcompile.compile(model, recipe="w4a8_g32", target="android")
     assert "int4 g32 symmetric" in error.value.message
     assert "linear: int4 per_channel symmetric x uint8 per_token" in str(error.value.hint)
     with pytest.raises(UserError) as error:

@@ -103,7 +103,7 @@ def test_without_o_the_folder_is_named_after_model_and_recipe(model: Path, calib
         (["explian", "out"], "unknown verb 'explian', and no file or folder", "did you mean explain"),
         (["explain", "nothing"], "'nothing' is no compiled model", ""),
         (["verify", "nothing"], "'nothing' is no compiled model", ""),
-        (["bench", "nothing", "--against", "tiny.onnx"], "no ONNX file at 'nothing'", ""),
+        (["bench", "nothing", "--against", "tiny.onnx"], "no program at 'nothing'", ""),
         (["bench", "tiny.onnx"], "--against", "bench --help"),
     ],
 )

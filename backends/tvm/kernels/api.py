@@ -74,11 +74,12 @@ def matmul_nbits_int8(
 
 def matmul_w4a8(
     k: int, n: int, bits: int, group: int | None, target: Any, *, x_dtype: str = "int8",
-    zero_points: bool = True, symbol: str = "matmul_w4a8",
+    zero_points: bool = True, static: bool = False, symbol: str = "matmul_w4a8",
 ) -> PrimFunc:  # fmt: skip
     """(x codes (M, K), step (M)[, x_zero (M) int32], codes, scale[, zero][, sums], y (M, N) float32).
 
-    int8 codes of x stand around 0; uint8 ones around ``x_zero``, and then ``sums`` is an argument.
+    int8 codes of x stand around 0; uint8 ones around ``x_zero``, and then ``sums`` is an argument. ``static``: one grid
+    for all of x, of which ``pack_nbits`` is told: no ``step``, no ``x_zero``, and ``sums`` always.
     """
     if x_dtype not in ("int8", "uint8"):
         raise UserError(f"codes of type {x_dtype} have no kernel", hint="give int8 or uint8")
@@ -87,7 +88,7 @@ def matmul_w4a8(
     _check_depth(layout.stored_group, 255 * (2**bits - 1))
     if found.unit == "loops":
         raise UserError("matmul_w4a8 has no kernel for GPUs here", hint="take matmul_nbits")
-    return CodesProduct(layout, found, middle, x_dtype).primitive(symbol)
+    return CodesProduct(layout, found, middle, x_dtype, static).primitive(symbol)
 
 
 def layout_of(k: int, n: int, bits: int, group: int | None) -> CodeLayout:
@@ -96,12 +97,13 @@ def layout_of(k: int, n: int, bits: int, group: int | None) -> CodeLayout:
 
 def pack_nbits(
     codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, bits: int, group: int | None,
-    *, sums: bool = False,
+    *, sums: bool = False, x_zero: int | None = None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """Operands of the kernels of low-bit weights, in their order: codes, scale[, zero][, sums].
 
     codes uint8 (K, N); scales and zero_points (K / group, N), or (N) with one group. ``sums``: of (code - zero) over
-    each group, which ``matmul_w4a8`` needs where x has zero points.
+    each group, which ``matmul_w4a8`` needs where x has zero points. ``x_zero``: of a static x (less 128 for uint8
+    codes), for which ``scales`` hold its step too.
     """
     depth, columns = codes.shape
     layout = layout_of(depth, columns, bits, group)
@@ -110,8 +112,9 @@ def pack_nbits(
     packed = [pack_codes(codes, layout), pack_columns(np.asarray(scales, np.float32), layout, "float32")]
     if zero_points is not None:
         packed.append(pack_columns(np.asarray(zero_points), layout, "uint8"))
-    if sums:
-        packed.append(pack_columns(_group_sums(codes, zero_points, layout), layout, "int32"))
+    if sums or x_zero is not None:
+        held = _group_sums(codes, zero_points, layout) * (1 if x_zero is None else x_zero)
+        packed.append(pack_columns(held, layout, "int32"))
     return tuple(packed)
 
 

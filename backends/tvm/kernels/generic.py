@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm import te, tirx
 from tvm.script import tirx as T
 
 from qcompile.backends.tvm.kernels.packing import CodeLayout, integer_shape
@@ -36,56 +37,22 @@ def matmul_integer(k: int, n: int, x_dtype: str, symbol: str) -> Any:
 
 def matmul_nbits(layout: CodeLayout, middle: int | None, symbol: str) -> Any:
     """x (M, K) float32, packed codes, scales[, zero points], y (M, N) float32; W is expanded where it is read."""
-    k, n, group, less = layout.depth, layout.columns, layout.group, middle or 0
+    m, k, n = tirx.Var("m", "int64"), tirx.const(layout.depth, "int64"), tirx.const(layout.columns, "int64")
+    x = te.placeholder((m, k), "float32", "x")
+    w = te.placeholder(layout.shape, "uint8", "w")
+    scale, zero = (
+        te.placeholder(layout.scale_shape, dtype, name) for name, dtype in (("scale", "float32"), ("zero", "uint8"))
+    )
+    inner = te.reduce_axis((0, k), "q")
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def product(
-        x_handle: T.handle,
-        w: T.Buffer(layout.shape, "uint8"),  # type: ignore[valid-type]
-        scale: T.Buffer(layout.scale_shape, "float32"),  # type: ignore[valid-type]
-        zero: T.Buffer(layout.scale_shape, "uint8"),  # type: ignore[valid-type]
-        y_handle: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        m = T.int64()
-        x = T.match_buffer(x_handle, (m, k), "float32")
-        y = T.match_buffer(y_handle, (m, n), "float32")
-        for i, j, q in T.grid(m, n, k):
-            with T.sblock("product"):
-                row, column, inner = T.axis.remap("SSR", [i, j, q])
-                with T.init():
-                    y[row, column] = T.float32(0)
-                y[row, column] = y[row, column] + x[row, inner] * (
-                    T.Cast(
-                        "float32",
-                        code_at(w, layout, column, inner)
-                        - T.Cast("int32", zero[column // 16, inner // group, column % 16]),
-                    )
-                    * scale[column // 16, inner // group, column % 16]
-                )
+    def element(row: Any, column: Any) -> Any:
+        at = column // 16, inner.var // layout.group, column % 16
+        less = T.Cast("int32", zero(*at)) if middle is None else middle
+        moved = T.Cast("float32", code_at(w, layout, column, inner.var) - less)
+        return te.sum(x(row, inner.var) * (moved * scale(*at)), axis=inner)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def symmetric(
-        x_handle: T.handle,
-        w: T.Buffer(layout.shape, "uint8"),  # type: ignore[valid-type]
-        scale: T.Buffer(layout.scale_shape, "float32"),  # type: ignore[valid-type]
-        y_handle: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        m = T.int64()
-        x = T.match_buffer(x_handle, (m, k), "float32")
-        y = T.match_buffer(y_handle, (m, n), "float32")
-        for i, j, q in T.grid(m, n, k):
-            with T.sblock("product"):
-                row, column, inner = T.axis.remap("SSR", [i, j, q])
-                with T.init():
-                    y[row, column] = T.float32(0)
-                y[row, column] = y[row, column] + x[row, inner] * (
-                    T.Cast("float32", code_at(w, layout, column, inner) - less)
-                    * scale[column // 16, inner // group, column % 16]
-                )
-
-    return (product if middle is None else symmetric).with_attr("global_symbol", symbol)
+    y = te.compute((m, n), element, "product")
+    return te.create_prim_func([x, w, scale, *([zero] if middle is None else []), y]).with_attr("global_symbol", symbol)
 
 
 def code_at(w: Any, layout: CodeLayout, column: Any, row: Any) -> Any:

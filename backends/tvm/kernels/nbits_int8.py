@@ -45,9 +45,8 @@ class RoundedProduct(PanelProduct):
         at = [panel, group, T.int64(column)]
         scale = emit.bind(self.scale.vload(at, f"float32x{self.lanes}"))
         for r, parts in enumerate(sums):
-            row_step = self.rounded.steps[start + r, group]
             exact = T.Cast(f"float32x{self.lanes}", total_of(parts) - self.correction(start, r, at))
-            results[r].set(results[r].value + exact * (scale * emit.splat(row_step, self.lanes)))
+            results[r].set(results[r].value + exact * self.factor(scale, start + r, group))
 
     def _step(self, start: Expr, panel: Expr, step: Expr, column: int, sums: list[list[Register]]) -> None:
         unpacked = codes.quads(self.layout, self.w, panel, step, column, self.lanes, signed=self.signed)
@@ -57,6 +56,10 @@ class RoundedProduct(PanelProduct):
                 x = emit.quad_at(self.rounded.codes, [start + r, step * self.layout.rows + row])
                 total = parts[index % len(parts)]
                 total.set(emit.dot(self.features, total.value, held, emit.splat(x, self.lanes), self.lanes))
+
+    def factor(self, scale: Expr, row: Expr, group: Expr) -> Expr:
+        """What makes floats of the sums of row ``row`` of the chunk over a group."""
+        return scale * emit.splat(self.rounded.steps[row, group], self.lanes)
 
     def correction(self, start: Expr, row: int, at: list[Expr]) -> Expr:
         """zero * sum x_code of a group, for every column; ``at``: (panel, group, column)."""

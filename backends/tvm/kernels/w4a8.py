@@ -4,6 +4,7 @@
 The inner sums are exact in int32. ``step`` and ``x_zero`` are those of FakeQuantizePerToken; symmetric x has no zero.
 Where x has one, ``sums`` holds the sum of (code - zero) over each group, since
     sum (x - z) w = sum (x - 128) w - (z - 128) sum w
+A static x has one step, which is part of ``scale``, and one zero: ``sums`` are multiplied by it (less 128) beforehand.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from qcompile.backends.tvm.kernels.packing import CodeLayout
 class CodesProduct(RoundedProduct):
     """One kernel while it is written. ``x_dtype``: int8, or uint8 around ``x_zero``."""
 
-    def __init__(self, layout: CodeLayout, features: Features, middle: int | None, x_dtype: str) -> None:
+    def __init__(
+        self, layout: CodeLayout, features: Features, middle: int | None, x_dtype: str, static: bool
+    ) -> None:
         super().__init__(layout, features, middle)
-        self.code_dtype = x_dtype
+        self.code_dtype, self.static = x_dtype, static
         self.centred = x_dtype == "int8"
         self.x_zero: Buffer
         self.sums: Buffer
@@ -32,14 +35,15 @@ class CodesProduct(RoundedProduct):
     def declare(self, argument: Any, rows: Expr) -> None:
         layout = self.layout
         self.x = argument("x", (rows, layout.depth), self.code_dtype)
-        self.step = argument("step", (rows,), "float32")
-        if not self.centred:
+        if not self.static:
+            self.step = argument("step", (rows,), "float32")
+        if not (self.static or self.centred):
             self.x_zero = argument("x_zero", (rows,), "int32")
         self.w = argument("w", layout.shape, "uint8")
         self.scale = argument("scale", layout.scale_shape, "float32")
         if self.middle is None:
             self.zero = argument("zero", layout.scale_shape, "uint8")
-        if not self.centred:
+        if self.static or not self.centred:
             self.sums = argument("sums", layout.scale_shape, "int32")
         self.y = argument("y", (rows, layout.columns), "float32")
 
@@ -73,17 +77,21 @@ class CodesProduct(RoundedProduct):
         with loop(filled - length) as index:
             emit.store(self.rounded.codes, [row, start + length + index], T.int8(0))
         emit.store(self.rounded.sums, [row, group], tail.value)
-        emit.store(self.rounded.steps, [row, group], self.step[first + row])
 
     def _centred(self, code: Expr, lanes: int) -> Expr:
         wide = T.Cast(f"int32x{lanes}" if lanes > 1 else "int32", code)
         return wide if self.centred else wide - emit.splat(T.int32(128), lanes)
 
+    def factor(self, scale: Expr, row: Expr, group: Expr) -> Expr:
+        return scale if self.static else scale * emit.splat(self.step[self.first + row], self.lanes)
+
     def correction(self, start: Expr, row: int, at: list[Expr]) -> Expr:
         less = super().correction(start, row, at)
-        if self.centred:
+        if self.centred and not self.static:
             return less
-        zero = self.x_zero[self.first + start + row] - T.int32(128)
         sums = self.sums.vload(at, f"int32x{self.lanes}")
+        if self.static:
+            return less + sums
+        zero = self.x_zero[self.first + start + row] - T.int32(128)
         return less + sums * emit.splat(zero, self.lanes)
 

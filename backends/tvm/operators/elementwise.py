@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 
+from qcompile.backends.tvm import floats
 from qcompile.backends.tvm.operation import DTYPES, Operation
-from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.scopes import Scope
 from qcompile.backends.tvm.values import Known, Tensor, Value, aligned, broadcast, expression, immediate, stretched
 
@@ -100,7 +100,7 @@ def _gelu(x: Any, dtype: str, tanh: bool) -> Any:
     half, one = immediate(0.5, dtype), immediate(1, dtype)
     if tanh:
         inner = immediate(np.sqrt(2 / np.pi), dtype) * (x + immediate(0.044715, dtype) * x * x * x)
-        return half * x * (one + tirx.tanh(inner))
+        return half * x * (one + floats.tanh(inner, dtype))
     return half * x * (one + floats.erf(x * immediate(np.sqrt(0.5), dtype), dtype))
 
 
@@ -146,7 +146,7 @@ _UNARY: dict[str, Callable[[Any, str], Any]] = {
     "Sin": lambda x, _: tirx.sin(x),
     "Softplus": lambda x, dtype: tirx.log(tirx.exp(x) + immediate(1, dtype)),
     "Sqrt": lambda x, _: tirx.sqrt(x),
-    "Tanh": lambda x, _: tirx.tanh(x),
+    "Tanh": floats.tanh,
 }
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from qcompile.backends.tvm import linears
+from qcompile.backends.tvm import floats, linears, written
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.operation import Operation
-from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.operators.rows import in_one_kernel
 from qcompile.backends.tvm.operators.shapes import transposed
@@ -53,6 +52,11 @@ def _matmul(scope: Scope, op: Operation) -> Value:
 
 
 def _quantised(scope: Program, a: Tensor, b: Tensor, weight: Weight, where: str) -> Tensor:
+    if weight.fits and isinstance(a.note, Activation | Rows):
+        packed = written.takes_codes(scope, a.note, weight)
+        if packed is not None:
+            scope.note(where, "matmul_w4a8")
+            return _few_bits(scope, a.note, weight, packed)
     if weight.per_column and isinstance(a.note, Activation | Rows):
         return _integer(scope, a, weight, where)
     width = b.shape[1]
@@ -76,6 +80,17 @@ def _flat(scope: Scope, a: Tensor, width: Dim, apply: Callable[[Tensor], Tensor]
         return row, index[-1]
 
     return view(result, (*lead, width), place, ("rows", spelled(lead)))
+
+
+def _few_bits(scope: Program, grid: Activation | Rows, weight: Weight, packed: written.Packed) -> Tensor:
+    """Codes times packed codes: the kernel scales its sums."""
+    given = [] if isinstance(grid, Activation) else [grid.step, *([] if grid.zero is None else [grid.zero])]
+    scales = [scope.force(scope.reshape(value, [product(value.shape)])) for value in given]
+
+    def apply(rows: Tensor) -> Tensor:
+        return written.few_bits(scope, rows, grid, scales, weight, packed)
+
+    return _flat(scope, scope.force(grid.codes), weight.matrix.shape[1], apply)
 
 
 def _integer(scope: Program, a: Tensor, weight: Weight, where: str) -> Tensor:
@@ -193,6 +208,9 @@ def _attention(scope: Scope, op: Operation) -> Value:
     q, k, v, bias = (scope.tensor(op.value(place)) for place in range(4))
     _note(scope, op, ACTIVATIONS)
     scale, groups = op.real("scale", 1.0), op.whole("groups", 1)
+    found = written.attention(scope, q, k, v, bias, scale, groups) if isinstance(scope, Program) else None
+    if found is not None:
+        return found
     heads, dtype = q.shape[:2], q.dtype
 
     def head(at: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from qcompile.backends.tvm import floats
 from qcompile.backends.tvm.operation import Operation
-from qcompile.backends.tvm.operators import floats
 from qcompile.backends.tvm.operators.elementwise import elementwise
 from qcompile.backends.tvm.scopes import Body, Program, Scope
 from qcompile.backends.tvm.values import Known, Tensor, Value, expression, immediate, product

@@ -113,6 +113,53 @@ def test_level_4_rounds_x_to_8_bits() -> None:
     assert 1e-5 < np.abs(outputs(fast, x) - expected).max() / np.abs(expected).max() < 0.02
 
 
+TOKENS = {
+    "uint8": "d = qcompile.FakeQuantizePerToken <levels = 255.0> (x)",
+    "int8": "d = qcompile.FakeQuantizePerTokenSymmetric <levels = 127.0> (x)",
+    "static uint8": "q = QuantizeLinear (x, step, u) d = DequantizeLinear (q, step, u)",
+    "static int8": "q = QuantizeLinear (x, step, i) d = DequantizeLinear (q, step, i)",
+}
+
+
+def few_bits(bits: int, group: int | None, tokens: str, *, symmetric: bool, **options: Any) -> Both:
+    """Codes of x (.., 70) by ``tokens`` times a matrix of ``bits`` bits."""
+    high, draws = 2 ** (bits - 1), np.random.default_rng(bits)
+    groups = () if group is None else (-(-70 // group),)
+    weights = {
+        "w": draws.integers(-high, high, (70, 40)).astype(np.int8),
+        "s": draws.random((*groups, 40), np.float32) + np.float32(0.1),
+        "z": draws.integers(-high, high, (*groups, 40)).astype(np.int8) * (not symmetric),
+        "step": np.array(0.03, np.float32), "u": np.array(117, np.uint8), "i": np.array(-9, np.int8),
+    }  # fmt: skip
+    layout = "axis = 1" if group is None else f"axis = 0, block_size = {group}"
+    text = (
+        f"g (float[b, n, 70] x) => (float[b, n, 40] y) {{ {TOKENS[tokens]}"
+        f" m = DequantizeLinear <{layout}> (w, s, z) y = MatMul (d, m) }}"
+    )
+    return both(text, weights, **options)
+
+
+@rounds_x
+@pytest.mark.parametrize(
+    ("tokens", "bits", "group", "symmetric"),
+    [("uint8", 3, 32, False), ("int8", 4, None, True), ("static uint8", 4, 32, True), ("static int8", 2, None, False)],
+)
+def test_codes_times_packed_codes(tokens: str, bits: int, group: int | None, symmetric: bool) -> None:
+    program = few_bits(bits, group, tokens, symmetric=symmetric, target=HOST)
+    assert kernels_of(program) == [("matmul_w4a8", True)]
+    assert f"w_panels{bits}" in program.found.parameters
+    for rows in (1, 19):
+        program.close(1e-5, x=RANDOM.normal(size=(2, rows, 70)).astype(np.float32))
+
+
+@rounds_x
+def test_static_sums_of_packed_codes_are_the_bits_of_bytes() -> None:
+    fast, loops = (few_bits(4, None, "static uint8", symmetric=False, **held) for held in ({"target": HOST}, {}))
+    assert kernels_of(fast) == [("matmul_w4a8", True)] and kernels_of(loops) == [("integer_linear", True)]
+    x = RANDOM.normal(size=(2, 5, 70)).astype(np.float32)
+    np.testing.assert_array_equal(outputs(fast, x), outputs(loops, x))
+
+
 def test_level_4_is_refused_where_no_kernel_rounds() -> None:
     assert backends.by_name("llvm{accuracy_level=4}").target.name == "llvm{accuracy_level=4}"
     with pytest.raises(UserError, match="accuracy_level=4"):
@@ -144,3 +191,39 @@ def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, cen
     zeros = 2 ** (bits - 1) if packed.zero is None else packed.zero.astype(int)
     np.testing.assert_array_equal(packed.codes.astype(int) - zeros, codes - zero)
     assert packed.codes.max() < 2**bits
+
+
+# --------------------------------------------------------------------------- attention
+
+
+@rounds_x
+@pytest.mark.parametrize(("groups", "bias"), [(1, "b, 1, s, t"), (3, "t")])
+def test_attention_in_one_pass_over_the_keys(groups: int, bias: str) -> None:
+    call = f"GroupedAttention <scale = 0.25, groups = {groups}>" if groups > 1 else "Attention <scale = 0.25>"
+    kept = "b, " + str(6 // groups)
+    text = (
+        f"g (float[b, 6, s, 32] q, float[{kept}, t, 32] k, float[{kept}, t, 16] v, float[{bias}] m)"
+        f" => (float[b, 6, s, 16] y) {{ y = qcompile.{call} (q, k, v, m) }}"
+    )
+    program = both(text, target=HOST)
+    names = {variable.name_hint for variable in program.found.module.get_global_vars()}
+    assert "attention" in names and not any("weights" in name for name in names)
+    for batch, rows, keys in ((2, 1, 1), (1, 3, 16), (2, 5, 150)):
+        sides = (6, rows, 32), (6 // groups, keys, 32), (6 // groups, keys, 16)
+        q, k, v = (RANDOM.normal(size=(batch, *held)).astype(np.float32) for held in sides)
+        shape = (batch, 1, rows, keys) if groups == 1 else (keys,)
+        mask = np.where(RANDOM.random(shape) < 0.4, np.finfo(np.float32).min, 0).astype(np.float32)
+        mask[..., : keys // 2] = np.finfo(np.float32).min  # more than a chunk that weighs nothing
+        program.close(2e-6, q=3 * q, k=k, v=v, m=mask)
+
+
+@rounds_x
+def test_a_score_that_is_no_number_spoils_its_row_alone() -> None:
+    text = (
+        "g (float[1, 1, s, 16] q, float[1, 1, t, 16] k, float[1, 1, t, 16] v, float[t] m)"
+        " => (float[1, 1, s, 16] y) { y = qcompile.Attention <scale = 1.0> (q, k, v, m) }"
+    )
+    q, k = (np.ones((1, 1, side, 16), np.float32) for side in (2, 20))
+    q[0, 0, 1, 3] = np.nan
+    y = both(text, target=HOST).run(q=q, k=k, v=k, m=np.zeros(20, np.float32))[1]["y"]
+    assert (y[0, 0, 0] == 1).all() and np.isnan(y[0, 0, 1]).all()
