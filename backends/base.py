@@ -94,10 +94,10 @@ def open_session(folder: Path, *, threads: int | None = None, library: Path | No
     if (folder / TVM_PROGRAM).is_file():
         from qcompile.backends.tvm.program import Session, describe
 
-        if describe(folder)["device"] == "cuda":
-            from qcompile.backends.cuda.program import Session as OnGpu
+        if describe(folder)["device"] != "cpu":
+            from qcompile.backends.gpu.program import opened
 
-            return OnGpu(folder)
+            return opened(folder)
         return Session(folder, threads)
     path = folder / "model.onnx"
     if not path.is_file():

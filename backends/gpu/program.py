@@ -1,4 +1,4 @@
-"""A folder of ``--target cuda`` as a program: its plan is followed, launch by launch. Needs NumPy and a device."""
+"""A folder for a GPU as a program: its plan is followed, launch by launch. Needs NumPy and a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompile.backends.cuda.compiler import CUBIN
 from qcompile.backends.mobile.plan import evaluate
 from qcompile.backends.tvm.program import Port, describe
 from qcompile.errors import UserError
@@ -20,7 +19,7 @@ _SCALARS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint32": ctypes.c
 
 
 class Device(Protocol):
-    """Where kernels run; places are addresses there."""
+    """Where kernels run; places are what it names memory by."""
 
     def allocate(self, size: int) -> int: ...
     def free(self, place: int) -> None: ...
@@ -39,17 +38,31 @@ class Result:
         return self._array
 
 
-class Session:
-    """The program in ``folder`` with the methods of an ONNX Runtime session; on a GPU for ``device`` None."""
-
-    def __init__(self, folder: Path, device: Device | None = None) -> None:
+def opened(folder: Path) -> Session:
+    """The program in ``folder``, on the device of its target; UserError where that is not here."""
+    device = describe(folder)["device"]
+    if device == "cuda":
+        from qcompile.backends.cuda.compiler import CUBIN
         from qcompile.backends.cuda.driver import Driver
 
+        return Session(folder, Driver(folder / CUBIN))
+    if device == "opencl":
+        from qcompile.backends.opencl.driver import Platform
+
+        return Session(folder, Platform(folder))
+    what = f"'{folder}' holds the source of a program for {device}, which nothing here compiles or runs"
+    raise UserError(what, hint="compile with --target opencl for a GPU of this machine, or with --target cpu")
+
+
+class Session:
+    """The program in ``folder`` with the methods of an ONNX Runtime session, on ``device``."""
+
+    def __init__(self, folder: Path, device: Device) -> None:
         self._described = described = describe(folder)
         self._inputs = [Port(**port) for port in described["inputs"]]
         self._outputs = [Port(**port) for port in described["outputs"]]
         self._slots: list[dict[str, Any]] = described["slots"]
-        self._device: Device = device or Driver(folder / CUBIN)
+        self._device = device
         self._parameters = self._uploaded(np.fromfile(folder / PARAMETERS, np.uint8))
         self._last: dict[int, list[int]] = {}
         for number, slot in enumerate(self._slots):
