@@ -15,6 +15,7 @@ TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
     "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
     "cuda": "qcompile.backends.cuda.target:Cuda",
+    "opencl": "qcompile.backends.opencl.target:OpenCl",
     "android": "qcompile.backends.mobile.targets:Android",
     "ios": "qcompile.backends.mobile.targets:Ios",
 }
@@ -45,5 +46,7 @@ def missing(name: str) -> str:
         return "a phone: see README.md in its folder"
     if ".cuda." in TARGETS[name]:
         return "" if find_library("cuda") else "no driver of an NVIDIA GPU; it compiles here where nvcc is"
+    if ".opencl." in TARGETS[name]:
+        return "" if find_library("OpenCL") else "no OpenCL; it compiles here where TVM is"
     module, extra = ("tvm", "tvm") if ".tvm." in TARGETS[name] else ("onnxruntime", "cpu")
     return "" if find_spec(module) else f"{module} is not installed: pip install 'qcompile-nn[{extra}]'"

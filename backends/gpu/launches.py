@@ -54,7 +54,7 @@ def compiled(module: tvm.IRModule, kernels: Sequence[str], kind: Mapping[str, st
     with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
         made = tvm.compile(tvm.IRModule(functions), target=target)
     (code,) = made.mod.imports
-    return code.inspect_source(kind["kind"]), split.module
+    return code.inspect_source(), split.module
 
 
 def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[Launch]:

@@ -25,7 +25,7 @@ from qcompile.progress import step
 
 
 def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
-    """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target, with ``arch`` where it has one."""
+    """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target."""
     found = translated(model, tiles=False)
     module = schedule(found.module)
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
@@ -44,8 +44,9 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
 
 
 def _describe(
-    model: ir.Model, folder: Path, kind: Mapping[str, str], products: Sequence[Kernel], plan: Plan, launches: list[Launch]
-) -> None:
+    model: ir.Model, folder: Path, kind: Mapping[str, str], products: Sequence[Kernel], plan: Plan,
+    launches: Sequence[Launch],
+) -> None:  # fmt: skip
     described: dict[str, Any] = {
         "format": FORMAT,
         "device": kind["kind"],

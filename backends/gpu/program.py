@@ -88,8 +88,7 @@ class Session:
         try:
             for slot, array in zip(self._described["input_slots"], given, strict=True):
                 self._check(slot, array, dims)
-                held[slot] = self._device.allocate(array.nbytes)
-                self._device.upload(held[slot], array)
+                held[slot] = self._on_device(array)
             self._follow(held, dims)
             made = [self._fetched(slot, held, dims) for slot in self._described["output_slots"]]
         finally:
@@ -130,18 +129,28 @@ class Session:
 
     def _uploaded(self, content: np.ndarray) -> dict[int, int]:
         """The parameters on the device, by slot."""
-        start = self._device.allocate(content.nbytes)
-        self._device.upload(start, content)
-        found = {n: start + slot["source"] for n, slot in enumerate(self._slots) if slot["place"] == "parameter"}
-        fixed = self._described["expressions"]
+        found: dict[int, int] = {}
+        shared: dict[int, int] = {}  # by the place in the file
         for number, slot in enumerate(self._slots):
+            if slot["place"] not in ("parameter", "derived"):
+                continue
+            dims = {dim: evaluate(self._described["expressions"][dim], []) for dim in slot["dims"]}
             if slot["place"] == "derived":
-                rows, columns = (evaluate(fixed[dim], []) for dim in slot["dims"])
+                rows, columns = (dims[dim] for dim in slot["dims"])
                 begin = self._slots[slot["source"]]["source"]
                 table = content[begin : begin + rows * columns].reshape(columns, rows)
-                found[number] = self._device.allocate(rows * columns)
-                self._device.upload(found[number], np.ascontiguousarray(table.T + np.uint8(slot["addend"])))
+                found[number] = self._on_device(np.ascontiguousarray(table.T + np.uint8(slot["addend"])))
+            else:
+                begin = slot["source"]
+                if begin not in shared:
+                    shared[begin] = self._on_device(content[begin : begin + _bytes(slot, dims)])
+                found[number] = shared[begin]
         return found
+
+    def _on_device(self, array: np.ndarray) -> int:
+        place = self._device.allocate(array.nbytes)
+        self._device.upload(place, array)
+        return place
 
     def _given(self, port: Port, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         if port.name not in feeds:
@@ -161,6 +170,6 @@ class Session:
             raise UserError(what, hint="give all inputs the same batch and length")
 
 
-def _bytes(slot: Mapping[str, Any], dims: Sequence[int]) -> int:
+def _bytes(slot: Mapping[str, Any], dims: Sequence[int] | Mapping[int, int]) -> int:
     item: int = np.dtype(slot["dtype"]).itemsize
     return int(math.prod(dims[dim] for dim in slot["dims"])) * item
