@@ -15,6 +15,8 @@ TARGETS: dict[str, str] = {
     "cpu": "qcompile.backends.onnxruntime_cpu:OnnxRuntimeCpu",
     "llvm": "qcompile.backends.tvm.backend:TvmLlvm",
     "cuda": "qcompile.backends.cuda.target:Cuda",
+    "opencl": "qcompile.backends.opencl.target:OpenCl",
+    "metal": "qcompile.backends.metal.target:Metal",
     "android": "qcompile.backends.mobile.targets:Android",
     "ios": "qcompile.backends.mobile.targets:Ios",
 }
@@ -47,6 +49,10 @@ def missing(name: str) -> str:
         return "a phone: see README.md in its folder"
     if ".cuda." in TARGETS[name]:
         return "" if find_library("cuda") else "no driver of an NVIDIA GPU; it compiles here where nvcc is"
+    if ".opencl." in TARGETS[name]:
+        return "" if find_library("OpenCL") else "no OpenCL; it compiles here where TVM is"
+    if ".metal." in TARGETS[name]:
+        return "it writes source, which nothing here compiles or runs"
     if ".tvm." in TARGETS[name]:
         return "" if is_installed() else f"tvm is not installed: {INSTALL}"
     return "" if find_spec("onnxruntime") else "onnxruntime is not installed: pip install 'qcompile-nn[cpu]'"

@@ -107,10 +107,10 @@ def open_session(path: Path, *, threads: int | None = None, library: Path | None
         return runner.open_session(found, threads=threads, library=beside)
     from qcompile.backends.tvm.program import Session, describe
 
-    if describe(found)["device"] == "cuda":
-        from qcompile.backends.cuda.program import Session as OnGpu
+    if describe(found)["device"] != "cpu":
+        from qcompile.backends.gpu.program import opened
 
-        return OnGpu(found)
+        return opened(found)
     return Session(found, threads)
 
 

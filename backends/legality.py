@@ -77,13 +77,14 @@ _CPU = (
     Legal("embedding", GROUP, ALL, (FLOAT,), (), "rows of bytes, dequantised where they are read"),
     Legal("cache", (FLOAT,), (), ("per_token",), (8, 4), "codes, scales and zero points as inputs and outputs"),
 )
+BY_TVM = ("llvm", "cuda", "opencl", "metal", "android", "ios")
 TABLE: dict[str, tuple[Legal, ...]] = {
     "cpu": _CPU,
+    **dict.fromkeys(BY_TVM, _tvm("2, 4 or 8")),
     "llvm": (*_LLVM, *_tvm("2, 3, 4 or 8")),
-    **dict.fromkeys(("cuda", "android", "ios"), _tvm("2, 4 or 8")),
 }
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place
-INTEGER_ONLY = ("cpu", "llvm", "cuda", "android", "ios")  # targets that run what int_only writes, with the same bits
+INTEGER_ONLY = ("cpu", *BY_TVM)  # targets that run what int_only writes, with the same bits
 
 
 def _plain(target: str) -> str:

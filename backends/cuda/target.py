@@ -1,87 +1,53 @@
 """The target ``cuda``: a folder that a machine with an NVIDIA GPU runs.
 
-rewrite:  nodes -> kernels (``backends/tvm``), loops -> threads, calls -> launches of a plan
 needs:    TVM and nvcc; no GPU
-ensures:  integers exactly as ONNX computes them; the folder needs CUDA's driver and nothing of TVM
+ensures:  what ``backends/gpu`` does; the folder needs CUDA's driver and nothing of TVM
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel, Program, open_program, spelled
 from qcompile.backends.cuda import compiler
-from qcompile.backends.tvm.require import require_translation
-from qcompile.pipeline import Arrays, Context, Target
-
-_BUILT: dict[Path, tuple[ir.Model, dict[str, Any]]] = {}  # by the folder of the package, until its facts are told
+from qcompile.backends.gpu.target import STAND_IN, GpuTarget
+from qcompile.pipeline import Arrays, Context
 
 
 @dataclasses.dataclass(frozen=True)
-class Cuda:
+class Cuda(GpuTarget):
     """Options:
 
     arch: of the GPU: sm_80 for Ampere and Ada (A100, RTX 30 and 40), sm_90 for Hopper (H100, H200)
     """
 
     name: ClassVar[str] = "cuda"
+    description: ClassVar[str] = "a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches"
     arch: Literal["sm_80", "sm_90"] = "sm_80"
 
     @property
-    def target(self) -> Target:
-        return Target(
-            name=spelled(self),
-            backend="tvm",
-            description="a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches",
-            kernels=("integer_linear", "weight_only_linear"),
-        )
+    def kind(self) -> dict[str, str]:
+        return {"kind": self.name, "arch": self.arch}
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         compiler.require_nvcc()  # rather now than after the search for ranges
-        return require_translation(model)
+        return super().lower(model, ctx)
 
-    def kernels_of(self, model: Path) -> list[Kernel]:
-        from qcompile.backends.tvm.program import products
-
-        return products(model.parent)
-
-    def package(self, model: ir.Model, folder: Path) -> None:
-        from qcompile.backends.cuda import package
-
-        _BUILT[folder] = model, package.write(model, folder, self.arch)
-
-    def open(self, folder: Path) -> Program:
-        """The same translation, compiled for this machine's processor."""
-        from tvm import target
-
-        from qcompile.backends.tvm import package
-
-        with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
-            machine = target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu()})
-            package.write(_BUILT[folder][0], Path(scratch), machine)
-            return open_program(Path(scratch))
+    def write_source(self, source: str, folder: Path) -> None:
+        self.held["resources"] = compiler.compile_source(source, self.arch, folder)
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        from qcompile.backends.cuda.program import PARAMETERS
-        from qcompile.backends.tvm.program import FILE
-
-        _, taken = _BUILT.pop(folder)
-        ship = [compiler.CUBIN, FILE, PARAMETERS]
+        taken = self.held["resources"]
         registers = max(kernel.registers for kernel in taken.values())
         spilled = sum(kernel.spilled for kernel in taken.values())
         instructions = compiler.counted((folder / compiler.PTX).read_text(encoding="utf-8"))
         told = ", ".join(f"{count} {name}" for name, count in instructions.items())
-        return {
-            "ship": ship,
-            "bytes": sum((folder / name).stat().st_size for name in ship),
-            "run": [f"the same operators, compiled by LLVM for {platform.machine()}: the report's figures are theirs"],
+        return self.shipped(folder, compiler.CUBIN) | {
+            "run": [STAND_IN],
             "not_run": [
                 f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self.arch}, "
                 f"{registers} registers a thread at most, {spilled} bytes spilled; in PTX {told}"

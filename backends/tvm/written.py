@@ -23,7 +23,7 @@ from qcompile.backends.tvm.values import Tensor
 
 SCHEDULED = "tirx.is_scheduled"
 UNITS = ("amx", "vnni", "sdot")  # elsewhere the loops of ``linears`` stay
-ROUNDING_UNITS = ("amx", "vnni")  # on ARM the kernel that rounds x crashed
+ROUNDING_UNITS = ("amx", "vnni")  # on ARM such kernels are right under qemu, and nobody has timed them
 
 
 @dataclasses.dataclass(frozen=True)

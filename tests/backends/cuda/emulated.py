@@ -16,7 +16,7 @@ _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?
 
 
 class Emulated:
-    """``cuda.program.Device`` in memory of this process. ``scratch``: where the library is built."""
+    """``gpu.program.Device`` in memory of this process. ``scratch``: where the library is built."""
 
     def __init__(self, source: Path, scratch: Path) -> None:
         (scratch / "cuda.h").write_text("")

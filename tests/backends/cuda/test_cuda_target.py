@@ -16,7 +16,7 @@ pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-n
 import qcompile
 from qcompile import backends, cli
 from qcompile.backends.cuda import compiler, driver
-from qcompile.backends.cuda.program import Session
+from qcompile.backends.gpu.program import Session, opened
 from qcompile.errors import UserError
 from qcompile.models.architectures import cached_export
 from qcompile.pipeline import Arrays
@@ -94,7 +94,7 @@ def test_without_a_gpu_run_and_verify_name_it(
 ) -> None:
     monkeypatch.setattr(driver, "LIBRARY", "libcuda-that-is-nowhere.so.1")
     with pytest.raises(UserError, match="needs an NVIDIA GPU") as caught:
-        Session(compiled())
+        opened(compiled())
     assert "--target cpu" in str(caught.value.hint)
     assert cli.main(["verify", str(compiled())]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().out

@@ -1,10 +1,10 @@
-"""A program for an NVIDIA GPU as files: source, PTX, machine code, parameters, and the plan of its launches."""
+"""A program for a GPU as files: parameters, and the plan of its launches; its source is for the target to write."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ import onnx_ir as ir
 import tvm
 
 from qcompile.backends.base import Kernel
-from qcompile.backends.cuda import compiler
-from qcompile.backends.cuda.launches import Launch, compiled, launches_of
-from qcompile.backends.cuda.program import PARAMETERS
-from qcompile.backends.cuda.schedule import schedule
+from qcompile.backends.gpu.launches import Launch, compiled, launches_of
+from qcompile.backends.gpu.program import PARAMETERS
+from qcompile.backends.gpu.schedule import schedule
 from qcompile.backends.mobile.extract import extract
 from qcompile.backends.mobile.plan import Plan
-from qcompile.backends.tvm.kernels.cuda.build import Resources
 from qcompile.backends.tvm.package import port_of
 from qcompile.backends.tvm.program import FILE, FORMAT
 from qcompile.backends.tvm.translate import translated
@@ -26,8 +24,8 @@ from qcompile.errors import UserError
 from qcompile.progress import step
 
 
-def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resources]:
-    """Compile ``model`` into ``folder``; what each kernel takes of the GPU."""
+def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
+    """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target."""
     found = translated(model, tiles=False)
     module = schedule(found.module)
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
@@ -35,24 +33,24 @@ def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resourc
         plan = extract(module, found.parameters, *ports)
     except UserError as error:
         raise UserError(error.message, hint="--target cpu runs every program") from error
-    with step(f"compiling {len(plan.kernels)} kernels for {architecture}"):
-        source, host = compiled(module, plan.kernels, architecture)
+    with step(f"writing {len(plan.kernels)} kernels for {kind['kind']}"):
+        source, host = compiled(module, plan.kernels, kind)
         launches = launches_of(plan, module, host)
-        taken = compiler.compile_source(source, architecture, folder)
     with (folder / PARAMETERS).open("wb") as file:
         for piece in plan.pieces():
             file.write(piece)
-    _describe(model, folder, architecture, found.products, plan, launches)
-    return taken
+    _describe(model, folder, kind, found.products, plan, launches)
+    return source
 
 
 def _describe(
-    model: ir.Model, folder: Path, architecture: str, products: Sequence[Kernel], plan: Plan, launches: list[Launch]
-) -> None:
+    model: ir.Model, folder: Path, kind: Mapping[str, str], products: Sequence[Kernel], plan: Plan,
+    launches: Sequence[Launch],
+) -> None:  # fmt: skip
     described: dict[str, Any] = {
         "format": FORMAT,
-        "device": "cuda",
-        "arch": architecture,
+        "device": kind["kind"],
+        "arch": kind.get("arch", ""),
         "tvm": tvm.__version__,
         "inputs": [port_of(value) for value in model.graph.inputs],
         "outputs": [port_of(value) for value in model.graph.outputs],

@@ -8,7 +8,7 @@ ensures:  nothing of the host code is left: a loader needs the plan and the driv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -46,15 +46,15 @@ class _Split:
             self.module = module
 
 
-def compiled(module: tvm.IRModule, kernels: Sequence[str], architecture: str) -> tuple[str, tvm.IRModule]:
-    """The CUDA source of the PrimFuncs ``kernels``, and the functions that launch it, as TIR."""
+def compiled(module: tvm.IRModule, kernels: Sequence[str], kind: Mapping[str, str]) -> tuple[str, tvm.IRModule]:
+    """The source of the PrimFuncs ``kernels`` for the target ``kind``, and the functions that launch it, as TIR."""
     functions = {name: module[name].with_attr("global_symbol", name) for name in kernels}
     split = _Split()
-    target = Target({"kind": "cuda", "arch": architecture}, host="llvm")
+    target = Target(dict(kind), host="llvm")
     with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
         made = tvm.compile(tvm.IRModule(functions), target=target)
     (code,) = made.mod.imports
-    return code.inspect_source("cuda"), split.module
+    return code.inspect_source(), split.module
 
 
 def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[Launch]:

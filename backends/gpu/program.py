@@ -1,4 +1,4 @@
-"""A folder of ``--target cuda`` as a program: its plan is followed, launch by launch. Needs NumPy and a device."""
+"""A folder for a GPU as a program: its plan is followed, launch by launch. Needs NumPy and a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompile.backends.cuda.compiler import CUBIN
 from qcompile.backends.mobile.plan import evaluate
 from qcompile.backends.tvm.program import Port, describe
 from qcompile.errors import UserError
@@ -20,7 +19,7 @@ _SCALARS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint32": ctypes.c
 
 
 class Device(Protocol):
-    """Where kernels run; places are addresses there."""
+    """Where kernels run; places are what it names memory by."""
 
     def allocate(self, size: int) -> int: ...
     def free(self, place: int) -> None: ...
@@ -39,17 +38,31 @@ class Result:
         return self._array
 
 
-class Session:
-    """The program in ``folder`` with the methods of an ONNX Runtime session; on a GPU for ``device`` None."""
-
-    def __init__(self, folder: Path, device: Device | None = None) -> None:
+def opened(folder: Path) -> Session:
+    """The program in ``folder``, on the device of its target; UserError where that is not here."""
+    device = describe(folder)["device"]
+    if device == "cuda":
+        from qcompile.backends.cuda.compiler import CUBIN
         from qcompile.backends.cuda.driver import Driver
 
+        return Session(folder, Driver(folder / CUBIN))
+    if device == "opencl":
+        from qcompile.backends.opencl.driver import Platform
+
+        return Session(folder, Platform(folder))
+    what = f"'{folder}' holds the source of a program for {device}, which nothing here compiles or runs"
+    raise UserError(what, hint="compile with --target opencl for a GPU of this machine, or with --target cpu")
+
+
+class Session:
+    """The program in ``folder`` with the methods of an ONNX Runtime session, on ``device``."""
+
+    def __init__(self, folder: Path, device: Device) -> None:
         self._described = described = describe(folder)
         self._inputs = [Port(**port) for port in described["inputs"]]
         self._outputs = [Port(**port) for port in described["outputs"]]
         self._slots: list[dict[str, Any]] = described["slots"]
-        self._device: Device = device or Driver(folder / CUBIN)
+        self._device = device
         self._parameters = self._uploaded(np.fromfile(folder / PARAMETERS, np.uint8))
         self._last: dict[int, list[int]] = {}
         for number, slot in enumerate(self._slots):
@@ -75,8 +88,7 @@ class Session:
         try:
             for slot, array in zip(self._described["input_slots"], given, strict=True):
                 self._check(slot, array, dims)
-                held[slot] = self._device.allocate(array.nbytes)
-                self._device.upload(held[slot], array)
+                held[slot] = self._on_device(array)
             self._follow(held, dims)
             made = [self._fetched(slot, held, dims) for slot in self._described["output_slots"]]
         finally:
@@ -117,18 +129,28 @@ class Session:
 
     def _uploaded(self, content: np.ndarray) -> dict[int, int]:
         """The parameters on the device, by slot."""
-        start = self._device.allocate(content.nbytes)
-        self._device.upload(start, content)
-        found = {n: start + slot["source"] for n, slot in enumerate(self._slots) if slot["place"] == "parameter"}
-        fixed = self._described["expressions"]
+        found: dict[int, int] = {}
+        shared: dict[int, int] = {}  # by the place in the file
         for number, slot in enumerate(self._slots):
+            if slot["place"] not in ("parameter", "derived"):
+                continue
+            dims = {dim: evaluate(self._described["expressions"][dim], []) for dim in slot["dims"]}
             if slot["place"] == "derived":
-                rows, columns = (evaluate(fixed[dim], []) for dim in slot["dims"])
+                rows, columns = (dims[dim] for dim in slot["dims"])
                 begin = self._slots[slot["source"]]["source"]
                 table = content[begin : begin + rows * columns].reshape(columns, rows)
-                found[number] = self._device.allocate(rows * columns)
-                self._device.upload(found[number], np.ascontiguousarray(table.T + np.uint8(slot["addend"])))
+                found[number] = self._on_device(np.ascontiguousarray(table.T + np.uint8(slot["addend"])))
+            else:
+                begin = slot["source"]
+                if begin not in shared:
+                    shared[begin] = self._on_device(content[begin : begin + _bytes(slot, dims)])
+                found[number] = shared[begin]
         return found
+
+    def _on_device(self, array: np.ndarray) -> int:
+        place = self._device.allocate(array.nbytes)
+        self._device.upload(place, array)
+        return place
 
     def _given(self, port: Port, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         if port.name not in feeds:
@@ -148,6 +170,6 @@ class Session:
             raise UserError(what, hint="give all inputs the same batch and length")
 
 
-def _bytes(slot: Mapping[str, Any], dims: Sequence[int]) -> int:
+def _bytes(slot: Mapping[str, Any], dims: Sequence[int] | Mapping[int, int]) -> int:
     item: int = np.dtype(slot["dtype"]).itemsize
     return int(math.prod(dims[dim] for dim in slot["dims"])) * item

@@ -1,0 +1,1 @@
+"""Apple's GPUs: a whole program as Metal source, and a plan of launches."""
