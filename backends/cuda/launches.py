@@ -17,12 +17,10 @@ from tvm.ir.instrument import pass_instrument
 from tvm.target import Target
 
 from qcompile.backends.mobile.plan import Code, Plan, Slot
+from qcompile.backends.tvm.dims import Numbers, coded
 from qcompile.backends.tvm.schedule import SLOW
 from qcompile.errors import ContractError
 
-_BINARY = {
-    "Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "FloorMod": "%", "Max": "max", "Min": "min",
-}  # fmt: skip
 _LAUNCH = "call_ffi_kernel"
 
 
@@ -70,7 +68,7 @@ def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[La
 class _Reader:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._numbers = {code: number for number, code in enumerate(plan.expressions)}
+        self._numbers = Numbers(plan.expressions)
 
     def read(self, step: int, function: Any, host: Any, arguments: Sequence[tuple[str, int]]) -> list[Launch]:
         """``function``: before the lowering, whose buffers have shapes; ``host``: what launches it."""
@@ -105,7 +103,7 @@ class _Reader:
             raise ContractError(f"host code has a {kind}", where="the launches of the program")
 
     def _scratch(self, buffer: Any) -> int:
-        dims = tuple(self._number(self._code(side)) for side in buffer.shape)
+        dims = tuple(self._numbers.of(self._code(side)) for side in buffer.shape)
         self._plan.slots.append(Slot("temporary", 0, str(buffer.dtype), dims, self._step, self._step))
         return len(self._plan.slots) - 1
 
@@ -115,28 +113,17 @@ class _Reader:
         if [str(one) for one in call.attrs["launch_params"]] != ["blockIdx.x", "threadIdx.x"]:
             raise ContractError("a launch has more than a grid and a block in x", where=str(name.value))
         arguments = [self._argument(one) for one in values]
-        made = Launch(self._step, str(name.value), self._number(self._code(grid)), int(block), tuple(arguments))
+        made = Launch(self._step, str(name.value), self._numbers.of(self._code(grid)), int(block), tuple(arguments))
         self._found.append(made)
 
     def _argument(self, one: Any) -> tuple[str, int]:
         if type(one).__name__ == "Call":  # the place of a buffer
             return "tensor", self._tensors[one.args[0]]
-        return str(one.ty.dtype), self._number(self._code(one))
-
-    def _number(self, code: Code) -> int:
-        if code not in self._numbers:
-            self._numbers[code] = len(self._numbers)
-            self._plan.expressions.append(code)
-        return self._numbers[code]
+        return str(one.ty.dtype), self._numbers.of(self._code(one))
 
     def _code(self, dim: Any) -> Code:
-        if isinstance(dim, int | tirx.IntImm):
-            return (("number", int(dim)),)
-        if isinstance(dim, tirx.Cast):
-            return self._code(dim.value)
-        if isinstance(dim, tirx.Var):
-            return self._dims[dim.name]
-        name = type(dim).__name__
-        if name not in _BINARY:
-            raise ContractError(f"host code computes {dim}", where="the launches of the program")
-        return (*self._code(dim.a), *self._code(dim.b), (_BINARY[name], 0))
+        return coded(dim, lambda variable: self._dims[variable.name], _unknown)
+
+
+def _unknown(what: str) -> ContractError:
+    return ContractError(f"host code computes {what}", where="the launches of the program")
