@@ -8,6 +8,7 @@ ensures:  nothing of the host code is left: a loader needs the plan and the driv
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from tvm.target import Target
 
 from qcompile.backends.mobile.plan import Code, Plan, Slot
 from qcompile.backends.tvm.dims import Numbers, coded
+from qcompile.backends.tvm.kernels.cuda.products import FEW, Product, library
+from qcompile.backends.tvm.on_gpu import product_of, products_of
 from qcompile.backends.tvm.schedule import SLOW
 from qcompile.errors import ContractError
 
@@ -44,15 +47,17 @@ class _Split:
             self.module = module
 
 
-def compiled(module: tvm.IRModule, kernels: Sequence[str], architecture: str) -> tuple[str, tvm.IRModule]:
-    """The CUDA source of the PrimFuncs ``kernels``, and the functions that launch it, as TIR."""
-    functions = {name: module[name].with_attr("global_symbol", name) for name in kernels}
+def compiled(module: tvm.IRModule, kernels: Sequence[str], target: Target) -> tuple[str, tvm.IRModule]:
+    """The CUDA source of the PrimFuncs ``kernels``, and as TIR the functions that launch what TVM wrote of it."""
+    products = products_of(module)
+    own = [name for name in kernels if product_of(module[name]) is None]
+    functions = {name: module[name].with_attr("global_symbol", name) for name in own}
     split = _Split()
-    target = Target({"kind": "cuda", "arch": architecture}, host="llvm")
     with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
         made = tvm.compile(tvm.IRModule(functions), target=target)
     (code,) = made.mod.imports
-    return code.inspect_source("cuda"), split.module
+    sources = (code.inspect_source("cuda"), library(products), *(product.source for product in products))
+    return "\n".join(sources), split.module
 
 
 def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[Launch]:
@@ -61,7 +66,11 @@ def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[La
     found: list[Launch] = []
     for number, step in enumerate(plan.steps):
         name = plan.kernels[step.kernel]
-        found += reader.read(number, module[name], host[name], step.arguments)
+        product = product_of(module[name])
+        if product is not None:
+            found += reader.product(number, product, step.arguments)
+        else:
+            found += reader.read(number, module[name], host[name], step.arguments)
     return found
 
 
@@ -85,6 +94,26 @@ class _Reader:
                     self._dims[side.name] = self._plan.expressions[dim]
         self._statement(host.body)
         return self._found
+
+    def product(self, step: int, product: Product, arguments: Sequence[tuple[str, int]]) -> list[Launch]:
+        """Its kernel for few rows and its kernel for many: at every size the grid of one of them is empty."""
+        slots = [slot for _, slot in arguments]
+        *batch, m, n = (self._plan.expressions[dim] for dim in self._plan.slots[slots[-1]].dims)
+        k = self._plan.expressions[self._plan.slots[slots[0]].dims[-1]]
+        one = _number(1)
+        many = _joined("min", one, _joined("//", m, _number(FEW + 1)))
+        operands, sizes = [("tensor", slot) for slot in slots], [m] if product.k else [m, n, k]
+        found = []
+        for kernel in product.kernels:
+            choice = _joined("-", one, many) if kernel.few else many
+            tiles = [_tiles(m, kernel.rows), _tiles(n, kernel.columns)]
+            grid = functools.reduce(lambda a, b: _joined("*", a, b), [*batch, *tiles], choice)
+            if product.kind == "w4":  # each kernel reads the codes in an order of its own
+                left_out = 2 if kernel.few else 1
+                operands = [("tensor", slot) for place, slot in enumerate(slots) if place != left_out]
+            given = [*operands, *(("int32", self._numbers.of(size)) for size in sizes)]
+            found.append(Launch(step, kernel.name, self._numbers.of(grid), kernel.threads, tuple(given)))
+        return found
 
     def _statement(self, found: Any) -> None:
         kind = type(found).__name__
@@ -127,3 +156,15 @@ class _Reader:
 
 def _unknown(what: str) -> ContractError:
     return ContractError(f"host code computes {what}", where="the launches of the program")
+
+
+def _number(value: int) -> Code:
+    return (("number", value),)
+
+
+def _joined(operation: str, a: Code, b: Code) -> Code:
+    return (*a, *b, (operation, 0))
+
+
+def _tiles(size: Code, step: int) -> Code:
+    return size if step == 1 else _joined("//", _joined("+", size, _number(step - 1)), _number(step))

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import tvm
+from tvm.target import Target
 
 from qcompile.backends.base import Kernel
 from qcompile.backends.cuda import compiler
@@ -28,7 +29,8 @@ from qcompile.progress import step
 
 def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resources]:
     """Compile ``model`` into ``folder``; what each kernel takes of the GPU."""
-    found = translated(model, tiles=False)
+    target = Target({"kind": "cuda", "arch": architecture}, host="llvm")
+    found = translated(model, tiles=False, target=target)
     module = schedule(found.module)
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     try:
@@ -36,7 +38,7 @@ def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resourc
     except UserError as error:
         raise UserError(error.message, hint="--target cpu runs every program") from error
     with step(f"compiling {len(plan.kernels)} kernels for {architecture}"):
-        source, host = compiled(module, plan.kernels, architecture)
+        source, host = compiled(module, plan.kernels, target)
         launches = launches_of(plan, module, host)
         taken = compiler.compile_source(source, architecture, folder)
     with (folder / PARAMETERS).open("wb") as file:

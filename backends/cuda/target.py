@@ -45,8 +45,10 @@ class Cuda:
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
-        compiler.require_nvcc()  # rather now than after the search for ranges
+        from qcompile.backends.tvm.kernels.cuda.build import find_nvcc
         from qcompile.backends.tvm.translate import check
+
+        find_nvcc()  # rather now than after the search for ranges
 
         model.graph.sort()
         check(model)

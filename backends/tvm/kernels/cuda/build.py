@@ -20,7 +20,7 @@ Format = Literal["ptx", "cubin", "fatbin"]
 NVCC_HINT = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
 DISASSEMBLER_HINT = "pip install nvidia-cuda-nvdisasm"
 _USED = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) "
-                   r"registers(?:.*?(\d+) bytes smem)?", re.DOTALL)  # fmt: skip
+                   r"registers(?:[^\n]*?(\d+) bytes smem)?", re.DOTALL)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
