@@ -29,13 +29,17 @@ _LAUNCH = "call_ffi_kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch of step ``step``. ``arguments``: ("tensor", slot) or (dtype, expression); ``grid``, ``block``: x."""
+    """One launch of step ``step``. ``arguments``: ("tensor", slot) or (dtype, expression); ``grid``, ``block``: x.
+
+    work: number of the expression that counts the innermost steps of its loops
+    """
 
     step: int
     kernel: str
     grid: int
     block: int
     arguments: tuple[tuple[str, int], ...]
+    work: int
 
 
 @pass_instrument
@@ -83,7 +87,7 @@ class _Reader:
         """``function``: before the lowering, whose buffers have shapes; ``host``: what launches it."""
         self._dims: dict[str, Code] = {}
         self._tensors: dict[Any, int] = {}
-        self._step, self._found = step, list[Launch]()
+        self._step, self._found, self._nests = step, list[Launch](), _nests(function.body)
         for before, after, (kind, one) in zip(function.params, host.params, arguments, strict=True):
             if kind == "dim":
                 self._dims[after.name] = self._plan.expressions[one]
@@ -102,6 +106,7 @@ class _Reader:
         k = self._plan.expressions[self._plan.slots[slots[0]].dims[-1]]
         one = _number(1)
         many = _joined("min", one, _joined("//", m, _number(FEW + 1)))
+        work = self._numbers.of(functools.reduce(lambda a, b: _joined("*", a, b), [*batch, m, n, k]))
         operands, sizes = [("tensor", slot) for slot in slots], [m] if product.k else [m, n, k]
         found = []
         for kernel in product.kernels:
@@ -112,7 +117,7 @@ class _Reader:
                 left_out = 2 if kernel.few else 1
                 operands = [("tensor", slot) for place, slot in enumerate(slots) if place != left_out]
             given = [*operands, *(("int32", self._numbers.of(size)) for size in sizes)]
-            found.append(Launch(step, kernel.name, self._numbers.of(grid), kernel.threads, tuple(given)))
+            found.append(Launch(step, kernel.name, self._numbers.of(grid), kernel.threads, tuple(given), work))
         return found
 
     def _statement(self, found: Any) -> None:
@@ -142,8 +147,10 @@ class _Reader:
         if [str(one) for one in call.attrs["launch_params"]] != ["blockIdx.x", "threadIdx.x"]:
             raise ContractError("a launch has more than a grid and a block in x", where=str(name.value))
         arguments = [self._argument(one) for one in values]
-        made = Launch(self._step, str(name.value), self._numbers.of(self._code(grid)), int(block), tuple(arguments))
-        self._found.append(made)
+        steps = (self._code(extent) for extent in self._nests[len(self._found)])
+        work = self._numbers.of(functools.reduce(lambda a, b: _joined("*", a, b), steps, _number(1)))
+        number = self._numbers.of(self._code(grid))
+        self._found.append(Launch(self._step, str(name.value), number, int(block), tuple(arguments), work))
 
     def _argument(self, one: Any) -> tuple[str, int]:
         if type(one).__name__ == "Call":  # the place of a buffer
@@ -152,6 +159,22 @@ class _Reader:
 
     def _code(self, dim: Any) -> Code:
         return coded(dim, lambda variable: self._dims[variable.name], _unknown)
+
+
+def _nests(body: Any) -> list[list[Any]]:
+    """The extents of the loops of each stage, outermost first."""
+    while type(body).__name__ == "SBlockRealize":
+        body = body.block.body
+    return [_extents(one) for one in (body.seq if isinstance(body, tirx.SeqStmt) else [body])]
+
+
+def _extents(found: Any) -> list[Any]:
+    """Of the deepest of the nests in ``found``."""
+    if isinstance(found, tirx.For):
+        return [found.extent, *_extents(found.body)]
+    if isinstance(found, tirx.SeqStmt):
+        return max(map(_extents, found.seq), key=len)
+    return []
 
 
 def _unknown(what: str) -> ContractError:
