@@ -34,7 +34,9 @@ class Cuda(GpuTarget):
         return {"kind": self.name, "arch": self.arch}
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
-        compiler.require_nvcc()  # rather now than after the search for ranges
+        from qcompile.backends.tvm.kernels.cuda.build import find_nvcc
+
+        find_nvcc()  # rather now than after the search for ranges
         return super().lower(model, ctx)
 
     def write_source(self, source: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import tvm
+from tvm.target import Target
 
 from qcompile.backends.base import Kernel
 from qcompile.backends.gpu.launches import Launch, compiled, launches_of
@@ -26,7 +27,8 @@ from qcompile.progress import step
 
 def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
     """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target."""
-    found = translated(model, tiles=False)
+    target = Target(dict(kind), host="llvm")
+    found = translated(model, tiles=False, target=target)
     module = schedule(found.module)
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     try:
@@ -34,7 +36,7 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
     except UserError as error:
         raise UserError(error.message, hint="--target cpu runs every program") from error
     with step(f"writing {len(plan.kernels)} kernels for {kind['kind']}"):
-        source, host = compiled(module, plan.kernels, kind)
+        source, host = compiled(module, plan.kernels, target)
         launches = launches_of(plan, module, host)
     with (folder / PARAMETERS).open("wb") as file:
         for piece in plan.pieces():

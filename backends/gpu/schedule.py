@@ -1,26 +1,32 @@
-"""GPU schedules: a thread for each element of a stage, blocks of ``THREADS``; sums run inside of a thread.
+"""GPU schedules: a thread for each element of a stage, blocks of ``THREADS``; for a sum or maximum of a row, a block.
 
-No stage shares memory between threads, so what a kernel computes is the same in whatever order its threads run.
+elements  loops joined and cut into blocks; products that no kernel of ours takes add up inside a thread
+rows      a block for each result, its threads side by side along the row, then through shuffles or shared memory
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 
 from qcompile.backends.tvm.schedule import SPATIAL
+from qcompile.backends.tvm.stages import ROW
 from qcompile.backends.tvm.written import SCHEDULED
 
-THREADS = 256
+THREADS, LANES = 256, 32
 
 
 def schedule(module: tvm.IRModule) -> tvm.IRModule:
     """``module`` with every PrimFunc bound to the threads of a GPU."""
-    found = {
-        variable: _bound(function) if isinstance(function, tirx.PrimFunc) else function
+    loops = {
+        variable: _bound(function)
         for variable, function in module.functions.items()
+        if isinstance(function, tirx.PrimFunc) and SCHEDULED not in function.attrs
     }
+    found = {**module.functions, **loops}
     return tvm.IRModule(found, attrs=module.attrs)
 
 
@@ -34,9 +40,20 @@ def _bound(function: tirx.PrimFunc) -> tirx.PrimFunc:
         if not outer:
             outer = [sch.add_unit_loop(loops[0] if loops else block)]
         sch.reorder(*outer, *inner)
+        if inner and _is_of_rows(sch, block, outer[-1]):
+            _, lanes = sch.split(sch.fuse(*inner), [None, LANES])
+            sch.bind(sch.fuse(*outer), "blockIdx.x")
+            sch.bind(lanes, "threadIdx.x")
+            continue
         blocks, threads = sch.split(sch.fuse(*outer), [None, THREADS])
         sch.bind(blocks, "blockIdx.x")
         sch.bind(threads, "threadIdx.x")
         if inner:
             sch.decompose_reduction(block, inner[0])
     return sch.mod["main"].without_attr("global_symbol").with_attr(SCHEDULED, True)
+
+
+def _is_of_rows(sch: Schedule, block: Any, last: Any) -> bool:
+    """Whether what ``block`` adds up lies along rows of its own, as in a norm, and not in both sides of a product."""
+    extent = sch.get(last).extent
+    return sch.get(block).name_hint == ROW or (isinstance(extent, tirx.IntImm) and int(extent) == 1)

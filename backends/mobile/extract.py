@@ -14,11 +14,9 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from qcompile.backends.mobile.plan import Code, Plan, Slot, Step
+from qcompile.backends.tvm.dims import Numbers, coded
 from qcompile.errors import ContractError, UserError
 
-_BINARY = {
-    "Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "FloorMod": "%", "Max": "max", "Min": "min",
-}  # fmt: skip
 _RESHAPES = ("relax.reshape", "vm.builtin.reshape", "relax.memory.view", "relax.expand_dims", "relax.squeeze")
 
 
@@ -35,7 +33,7 @@ class _Reader:
         self._parameters = parameters
         self._arrays: dict[int, np.ndarray] = {}
         self._variables: dict[Any, int] = {}
-        self._codes: dict[Code, int] = {}
+        self._numbers = Numbers(self.plan.expressions)
         self._kernels: dict[str, int] = {}
         self._held: dict[Any, Any] = {}  # relax.Var -> slot, or a list of them for a tuple
 
@@ -117,25 +115,12 @@ class _Reader:
         return len(self.plan.slots) - 1
 
     def _dim(self, dim: Any) -> int:
-        code = tuple(self._code(dim))
-        if code not in self._codes:
-            self._codes[code] = len(self._codes)
-            self.plan.expressions.append(code)
-        return self._codes[code]
+        return self._numbers.of(coded(dim, self._variable, lambda what: self._unknown(f"the dim {what}")))
 
-    def _code(self, dim: Any) -> list[tuple[str, int]]:
-        if isinstance(dim, int | tirx.IntImm):
-            return [("number", int(dim))]
-        if isinstance(dim, tirx.Cast):
-            return self._code(dim.value)
-        if isinstance(dim, tirx.Var):
-            if dim not in self._variables:
-                raise ContractError(f"dim '{dim}' is no dim of an input", where="the plan of the program")
-            return [("variable", self._variables[dim])]
-        name = type(dim).__name__
-        if name in _BINARY:
-            return [*self._code(dim.a), *self._code(dim.b), (_BINARY[name], 0)]
-        raise self._unknown(f"the dim {dim}")
+    def _variable(self, dim: Any) -> Code:
+        if dim not in self._variables:
+            raise ContractError(f"dim '{dim}' is no dim of an input", where="the plan of the program")
+        return (("variable", self._variables[dim]),)
 
     def _unknown(self, what: str) -> UserError:
         return UserError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from qcompile.backends.tvm import on_gpu as gpu
 from qcompile.backends.tvm import written
 from qcompile.backends.tvm.notes import Weight
 from qcompile.backends.tvm.scopes import Program
@@ -24,8 +25,9 @@ PACKED = {2: 4, 4: 2}  # bits -> codes in a byte
 
 def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str, where: str) -> Tensor:
     """int32 sums of x (M, K) uint8 or int8 times ``codes`` (K, N)."""
-    found = written.integer(program, x, codes, name)
-    program.note(where, "matmul_integer" if found else "integer_linear")
+    on_gpu = gpu.is_gpu(program)
+    found = (gpu if on_gpu else written).integer(program, x, codes, name)
+    program.note(where, ("int8_gemm" if on_gpu else "matmul_integer") if found else "integer_linear")
     if found:
         return found
     columns = codes.shape[1]
@@ -39,7 +41,8 @@ def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str, wh
 
 def weight_only_linear(program: Program, x: Tensor, weight: Weight, where: str) -> Tensor:
     """x (M, K) float32 times a dequantised matrix, whose codes are packed to their bits."""
-    found = written.weight_only(program, x, weight)
+    on_gpu = gpu.is_gpu(program)
+    found = (gpu if on_gpu else written).weight_only(program, x, weight)
     program.note(where, found[1] if found else "weight_only_linear")
     if found:
         return found[0]

@@ -11,6 +11,7 @@ from tvm.s_tir import renew_defs
 
 from qcompile.backends.tvm.values import Dim, Index, Tensor, simplified, walk
 
+ROW = "r"  # the name of a stage that combines what lies along rows of one tensor
 COMBINE: dict[str, Callable[..., Any]] = {"sum": te.sum, "max": te.max, "min": te.min}
 JOIN: dict[str, Callable[[Any, Any], Any]] = {"sum": lambda a, b: a + b, "max": tirx.max, "min": tirx.min}
 LANES = 16  # of a reduction of floats that a CPU does as vectors
@@ -96,7 +97,7 @@ class Kernel:
 
         return self.put(tensor, te.compute(wide(tensor.shape), element, name=name))
 
-    def reduce(self, kind: str, result: Tensor, source: Tensor, axes: Sequence[int], name: str = "r") -> te.Tensor:
+    def reduce(self, kind: str, result: Tensor, source: Tensor, axes: Sequence[int], name: str = ROW) -> te.Tensor:
         """A stage ``result``: ``source`` combined over ``axes``, which stay as dims of one."""
         self._open([source])
         if self._vectors and list(axes) == [source.rank - 1] and source.dtype.startswith("float"):

@@ -1,4 +1,4 @@
-"""A device that runs ``program.cu`` on this processor: g++ compiles the very source, and loops stand for threads."""
+"""A device that runs ``program.cu`` on this processor: g++ compiles the very source, on a model of a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-SHIM = Path(__file__).with_name("shim.h")
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(')
+MODEL = Path(__file__).parent.parent / "tvm" / "gpu_model"
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^;{]*\) (?={)')
+_WAITS = re.compile(r"__syncthreads|__shfl|(?:integer|nbits)::")
 
 
 class Emulated:
@@ -21,14 +22,15 @@ class Emulated:
     def __init__(self, source: Path, scratch: Path) -> None:
         (scratch / "cuda.h").write_text("")
         text = source.read_text()
-        names = sorted(set(_KERNEL.findall(text)))
+        _, *parts = _KERNEL.split(text)
         doors = [
-            f'extern "C" void launch_{name}(void **a, unsigned g, unsigned b) {{ launch({name}, a, g, b); }}'
-            for name in names
+            f'extern "C" void launch_{name}(void **a, unsigned g, int b) '
+            f"{{ launch<{str(bool(_WAITS.search(body))).lower()}, {name}>({name}, a, g, b); }}"
+            for name, body in zip(parts[::2], parts[1::2], strict=True)
         ]
-        (scratch / "all.cpp").write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(doors))
+        (scratch / "all.cpp").write_text(f'#include "host.h"\n{text}\n' + "\n".join(doors))
         command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]
-        command += [f"-I{scratch}", "-o", str(scratch / "all.so"), str(scratch / "all.cpp")]
+        command += [f"-I{scratch}", f"-I{MODEL}", "-o", str(scratch / "all.so"), str(scratch / "all.cpp")]
         subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(scratch / "all.so"))
         self.memory: dict[int, Any] = {}

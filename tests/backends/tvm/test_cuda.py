@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import shutil
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,142 +13,141 @@ pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-n
 
 from qcompile.backends.tvm.kernels import reference
 from qcompile.backends.tvm.kernels.cuda import build, layout
+from qcompile.backends.tvm.kernels.cuda.products import Kernel, Product, library
 from qcompile.errors import UserError
+from tests.backends.cuda.emulated import Emulated
 
-MODEL = Path(__file__).with_name("gpu_model")
-INT8_ROWS, INT8_GEMM, W4_ROWS, W4_GEMM = range(4)
 Array = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def compiler() -> str:
-    found = shutil.which("g++")
-    if found is None:
+def device(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    if shutil.which("g++") is None:
         pytest.skip("the model of a GPU needs a C++ compiler: apt install g++")
-    return found
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "program.cu").write_text(library(PRODUCTS) + "".join(product.source for product in PRODUCTS))
+    return Emulated(folder / "program.cu", folder)
 
 
-@functools.cache
-def library(compiler: str, folder: Path, shape: build.Shape) -> ctypes.CDLL:
-    path = folder / f"model_{shape.k}_{shape.n}_{shape.group}.so"
-    folders = [f"-I{build.FOLDER}", f"-I{MODEL}"]
-    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", *folders]
-    subprocess.run([*command, *shape.macros(), "-o", str(path), str(MODEL / "host_main.cpp")], check=True)
-    return ctypes.CDLL(str(path))
-
-
-def launch(
-    model: ctypes.CDLL, kernel: int, grid: tuple[int, int], threads: int, arrays: Sequence[Array], m: int
-) -> None:
-    rows = ctypes.c_int(m)
-    places = [array.ctypes.data for array in arrays] + [0] * (5 - len(arrays)) + [ctypes.addressof(rows)]
-    model.launch(kernel, *grid, threads, (ctypes.c_void_p * 6)(*places))
+def launched(
+    device: Emulated, product: Product, kernel: Kernel, arrays: Sequence[Array], sizes: Sequence[int], batch: int = 1
+) -> Array:
+    """The last of ``arrays``, which the kernel writes. ``sizes``: m, then n and k where they are arguments."""
+    columns = sizes[1] if len(sizes) > 1 else product.n
+    grid = batch * -(-sizes[0] // kernel.rows) * -(-columns // kernel.columns)
+    arguments = [ctypes.c_void_p(array.ctypes.data) for array in arrays] + [ctypes.c_int(size) for size in sizes]
+    device.launch(kernel.name, grid, kernel.threads, arguments)
+    return arrays[-1]
 
 
 def drawn(dtype: str, low: int, high: int, *shape: int) -> Array:
     return np.random.default_rng(len(shape) + high).integers(low, high, shape).astype(dtype)
 
 
-@pytest.mark.parametrize("rows", (1, 3))
-def test_rows_of_int8(compiler: str, tmp_path: Path, rows: int) -> None:
-    shape = build.Shape(k=640, n=13, group=64, rows=3)
-    x, w = drawn("int8", -128, 128, rows, shape.k), drawn("int8", -128, 128, shape.k, shape.n)
-    y = np.full((rows + 1, shape.n), 77, np.int32)
-    launch(library(compiler, tmp_path, shape), INT8_ROWS, (2, 1), 128, [x, layout.columns_first(w), y], rows)
+FIXED, TALL, FREE = Product("int8", "uint8", 640, 13), Product("int8", "int8", 208, 129), Product("int8", "int8")
+GROUPS, WHOLE = Product("w4", "float32", 1152, 43, 32), Product("w4", "float32", 160, 136, 160)
+WIDE = Product("w4", "float32", 4256, 9, 128)  # more than is staged at once
+PRODUCTS = [FIXED, TALL, FREE, GROUPS, WHOLE, WIDE]
+
+
+@pytest.mark.parametrize("many", (False, True))
+@pytest.mark.parametrize(("product", "rows"), ((FIXED, 3), (TALL, 130)))
+def test_products_of_int8(device: Emulated, product: Product, rows: int, many: bool) -> None:
+    rows = rows if many else 3
+    low = np.iinfo(product.x).min
+    x, w = drawn(product.x, low, low + 256, rows, product.k), drawn("int8", -128, 128, product.k, product.n)
+    y = np.full((rows + 1, product.n), 77, np.int32)
+    launched(device, product, product.kernels[many], [x, layout.columns_first(w), y], [rows])
     assert (y[:rows] == reference.matmul_integer(x, w)).all()
     assert (y[rows] == 77).all()
 
 
-@pytest.mark.parametrize(("rows", "k", "n"), ((130, 208, 72), (17, 64, 129)))
-def test_tensor_cores_on_int8(compiler: str, tmp_path: Path, rows: int, k: int, n: int) -> None:
-    shape = build.Shape(k=k, n=n, group=k)
-    x, w = drawn("int8", -128, 128, rows, k), drawn("int8", -128, 128, k, n)
-    y = np.full((rows + 1, n), 77, np.int32)
-    grid = (-(-n // 128), -(-rows // 128))
-    launch(library(compiler, tmp_path, shape), INT8_GEMM, grid, 256, [x, layout.columns_first(w), y], rows)
-    assert (y[:rows] == reference.matmul_integer(x, w)).all()
-    assert (y[rows] == 77).all()
+@pytest.mark.parametrize(("many", "sizes"), ((False, (2, 19, 48)), (True, (17, 35, 80))))
+def test_batches_of_products_of_int8(device: Emulated, many: bool, sizes: tuple[int, int, int]) -> None:
+    m, n, k = sizes
+    x, w = drawn("int8", -128, 128, 3, m, k), drawn("int8", -127, 128, 3, n, k)
+    y = np.full((4, m, n), 77, np.int32)
+    launched(device, FREE, FREE.kernels[many], [x, w, y], sizes, batch=3)
+    assert (y[:3] == x.astype(np.int32) @ w.astype(np.int32).transpose(0, 2, 1)).all()
+    assert (y[3] == 77).all()
 
 
-def low_bit(k: int, n: int, group: int) -> tuple[Array, Array, Array]:
-    """Codes, scales that are powers of two, zero points; with small whole x every float sum is exact."""
-    scale = np.ldexp(np.float32(1), drawn("int32", -2, 3, k // group, n)).astype(np.float32)
-    return drawn("uint8", 0, 16, k, n), scale, drawn("uint8", 0, 16, k // group, n)
-
-
-@pytest.mark.parametrize("group", (32, 128, 1152))
-def test_rows_of_4_bits(compiler: str, tmp_path: Path, group: int) -> None:
-    k, n = 1152, 11
-    codes, scale, zero = low_bit(k, n, group)
-    x = drawn("float16", -8, 9, 1, k)
-    y = np.full((2, n), 77, np.float32)
-    operands = [x, layout.codes_for_rows(codes), np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T), y]
-    launch(library(compiler, tmp_path, build.Shape(k, n, group)), W4_ROWS, (2, 1), 128, operands, 1)
-    assert (y[0] == reference.matmul_nbits(x, codes, scale, zero, group)[0]).all()
-    assert (y[1] == 77).all()
-
-
-@pytest.mark.parametrize(("rows", "n", "group"), ((70, 136, 128), (5, 43, 32)))
-def test_tensor_cores_on_4_bits(compiler: str, tmp_path: Path, rows: int, n: int, group: int) -> None:
-    k = 256
-    codes, scale, zero = low_bit(k, n, group)
-    x = drawn("float16", -8, 9, rows, k)
+@pytest.mark.parametrize("many", (False, True))
+@pytest.mark.parametrize(("product", "rows"), ((GROUPS, 5), (WHOLE, 37), (WIDE, 2)))
+def test_products_of_4_bits(device: Emulated, product: Product, rows: int, many: bool) -> None:
+    """Scales are powers of two, so sums of small numbers are exact; one x has 20 bits, which all count."""
+    k, n, group = product.k, product.n, product.group
+    count = -(-k // group)
+    codes, zero = drawn("uint8", 0, 16, k, n), drawn("uint8", 0, 16, count, n)
+    scale = np.ldexp(np.float32(1), drawn("int32", -2, 3, count, n)).astype(np.float32)
+    x = drawn("float32", -8, 9, rows, k)
+    x[-1], x[-1, 47] = 0, np.ldexp(2**20 - 1, -12)
     y = np.full((rows + 1, n), 77, np.float32)
-    operands = [x, layout.codes_for_gemm(codes), np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T), y]
-    grid = (-(-n // 128), -(-rows // 64))
-    launch(library(compiler, tmp_path, build.Shape(k, n, group)), W4_GEMM, grid, 128, operands, rows)
-    assert (y[:rows] == reference.matmul_nbits(x, codes, scale, zero, group)).all()
+    pack = layout.codes_for_gemm if many else layout.codes_for_rows
+    operands = [x, pack(codes), np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T), y]
+    launched(device, product, product.kernels[many], operands, [rows])
+    assert (y[:rows] == exact(x, codes, scale, zero, group)).all()
     assert (y[rows] == 77).all()
+
+
+def exact(x: Array, codes: Array, scale: Array, zero: Array, group: int) -> Array:
+    place = np.arange(codes.shape[0]) // group
+    weights = (codes.astype(np.float64) - zero[place]) * scale[place]
+    found: Array = (x.astype(np.float64) @ weights).astype(np.float32)
+    return found
 
 
 # --------------------------------------------------------------------------- machine code
 
-NEEDED_PTX = {
-    "int8_rows": ("dp4a.s32.s32", "ld.global.nc.v4"),
-    "int8_gemm": ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "ldmatrix", "cp.async.cg.shared.global"),
-    "w4_rows": ("ld.global.nc.v4", "fma.rn.f32"),
-    "w4_gemm": ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "ldmatrix", "cp.async.cg.shared.global"),
-}
-NEEDED_SASS = {
+NEEDED = {
     "int8_rows": ("IDP.4A", "LDG.E.128"),
-    "int8_gemm": ("IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
-    "w4_rows": ("LDG.E.128", "FFMA", "LOP3"),
-    "w4_gemm": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "LDG.E.128"),
+    "int8_gemm": ("IMMA.16832", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
+    "w4_rows": ("LDG.E.128", "LDS.128", "FFMA", "LOP3"),
+    "w4_gemm": ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDG.E.128"),
+}
+NEEDED_PTX = {
+    "int8_rows": ("dp4a.", "ld.global.nc.v4"),
+    "int8_gemm": ("mma.sync.aligned.m16n8k32.row.col.s32.", "ldmatrix", "cp.async.cg.shared.global"),
+    "w4_rows": ("ld.global.nc.v4", "fma.rn.f32"),
+    "w4_gemm": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "cp.async.cg.shared.global"),
 }
 
 
-def nvcc_or_skip() -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip(f"there is no nvcc: {build.NVCC_HINT}")
-
-
-@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
-@pytest.mark.parametrize("name", ("integer", "nbits"))
-def test_the_compiled_kernels_use_what_they_are_written_for(name: str, architecture: str) -> None:
-    nvcc_or_skip()
-    shape = build.Shape(4096, 4096)
-    ptx, _ = build.compile_source(name, shape, architecture, "ptx")
+@pytest.mark.parametrize(
+    ("product", "architecture"),
+    (
+        (Product("int8", "uint8", 4096, 4096), "sm_80"),
+        (Product("int8", "int8"), "sm_90"),
+        (Product("w4", "float32", 4096, 4096, 128), "sm_90"),
+        (Product("w4", "float32", 576, 1536, 576), "sm_80"),
+    ),
+)
+def test_the_compiled_kernels_use_what_they_are_written_for(product: Product, architecture: str) -> None:
+    try:
+        build.find_nvcc()
+    except UserError as error:
+        pytest.skip(str(error))
+    ptx, _ = build.compile_product(product, architecture, "ptx")
     found = build.ptx_instructions(ptx.decode())
-    assert found
-    for kernel, instructions in found.items():
-        for needed in NEEDED_PTX[kernel]:
-            assert any(one.startswith(needed) for one in instructions), (kernel, needed)
-    cubin, said = build.compile_source(name, shape, architecture, "cubin")
+    cubin, said = build.compile_product(product, architecture, "cubin")
     used = build.resources(said)
-    assert used.keys() == found.keys()
-    for kernel, one in used.items():
-        assert one.spilled == 0, kernel
-        assert one.shared <= 48 * 1024
-    if shutil.which("nvdisasm"):
-        for kernel, instructions in build.machine_code(cubin).items():
-            for needed in NEEDED_SASS[kernel]:
-                assert any(one.startswith(needed) for one in instructions), (kernel, needed)
+    assert used.keys() == found.keys() == {kernel.name for kernel in product.kernels}
+    for kernel in product.kernels:
+        short = f"{product.kind}_{'rows' if kernel.few else 'gemm'}"
+        for needed in NEEDED_PTX[short]:
+            assert any(one.startswith(needed) for one in found[kernel.name]), (kernel.name, needed)
+        assert used[kernel.name].spilled == 0, kernel.name
+        assert used[kernel.name].shared <= 48 * 1024
+        if shutil.which("nvdisasm"):
+            code = build.machine_code(cubin)[kernel.name]
+            for needed in NEEDED[short]:
+                assert any(one.startswith(needed) for one in code), (kernel.name, needed)
 
 
 def test_a_shape_that_has_no_kernel_is_refused() -> None:
     with pytest.raises(UserError, match="groups of 48"):
-        build.compile_source("nbits", build.Shape(4096, 4096, group=48), "sm_80", "ptx")
+        build.check(Product("w4", "float32", 4096, 4096, 48))
     with pytest.raises(UserError, match="16-byte"):
         layout.columns_first(np.zeros((20, 8), np.int8))
-    with pytest.raises(UserError, match="pieces of 128"):
-        layout.codes_for_rows(np.zeros((160, 8), np.uint8))
+    with pytest.raises(UserError, match="pieces of 32"):
+        layout.codes_for_rows(np.zeros((150, 8), np.uint8))

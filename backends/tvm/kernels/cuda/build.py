@@ -1,37 +1,26 @@
-"""Compiles the CUDA kernels for a shape, and reads what the compiler made of them. No GPU is needed."""
+"""Compiles the CUDA kernels of a product, and reads what the compiler made of them. No GPU is needed."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from qcompile.backends.tvm.kernels.cuda.products import Product, library
 from qcompile.errors import UserError
 
-FOLDER = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_90")
 Format = Literal["ptx", "cubin", "fatbin"]
-NVCC_HINT = "install the CUDA toolkit (Debian and Ubuntu: `apt install nvidia-cuda-toolkit`)"
+NVCC_HINT = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
 DISASSEMBLER_HINT = "pip install nvidia-cuda-nvdisasm"
 _USED = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) "
-                   r"registers(?:.*?(\d+) bytes smem)?", re.DOTALL)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Macros of a source: ``group`` for nbits.cu, ``rows`` for int8_rows."""
-
-    k: int
-    n: int
-    group: int = 128
-    rows: int = 1
-
-    def macros(self) -> list[str]:
-        return [f"-DK={self.k}", f"-DN={self.n}", f"-DGROUP={self.group}", f"-DROWS={self.rows}"]
+                   r"registers(?:[^\n]*?(\d+) bytes smem)?", re.DOTALL)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +32,19 @@ class Resources:
     spilled: int
 
 
-def source(name: str) -> str:
-    """The text of ``integer`` or ``nbits``."""
-    return (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
-
-
 def find_nvcc() -> str:
-    found = shutil.which("nvcc")
+    """nvcc on PATH or as pip installs it; UserError where there is none."""
+    found = shutil.which("nvcc") or next(_installed("nvcc"), None)
     if found is None:
-        raise UserError("the CUDA kernels need nvcc, and there is none", where="kernels", hint=NVCC_HINT)
+        raise UserError("there is no nvcc, on PATH or from pip", where="CUDA", hint=NVCC_HINT)
     return found
+
+
+def _installed(tool: str) -> Iterator[str]:
+    """Where pip's packages of CUDA have ``tool``."""
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        yield from map(str, sorted(Path(place).glob(f"*/bin/{tool}"), reverse=True))
 
 
 def compiler_version() -> str:
@@ -62,20 +54,32 @@ def compiler_version() -> str:
     return f"nvcc {found[1]}" if found else "nvcc"
 
 
-def compile_source(name: str, shape: Shape, architecture: str, format_: Format) -> tuple[bytes, str]:
-    """The compiled kernels of ``name``, and what ptxas said about them."""
-    if name == "nbits" and (shape.group % 32 or shape.k % shape.group or shape.k % 128):
-        hint = "fill K up to a multiple of 128, and take groups of 32, 64 or 128"
-        raise UserError(f"{shape.k} rows in groups of {shape.group} have no kernel", hint=hint)
+def compile_product(product: Product, architecture: str, format_: Format) -> tuple[bytes, str]:
+    """The compiled kernels of ``product``, and what ptxas said about them."""
+    check(product)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / f"kernels.{format_}"
+        text = Path(folder) / "kernels.cu"
+        text.write_text(library([product]) + product.source, encoding="utf-8")
         command = [find_nvcc(), "-O3", "-std=c++17", f"-arch={architecture}", f"-{format_}", "-Xptxas", "-v"]
-        command += [*shape.macros(), "-o", str(path), str(FOLDER / f"{name}.cu")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "-o", str(path), str(text)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason given"]
-            raise UserError(f"nvcc cannot compile {name}.cu: {lines[0][:300]}", where="kernels", hint=NVCC_HINT)
+            raise UserError(f"nvcc cannot compile {product.name}: {lines[0][:300]}", where="CUDA", hint=NVCC_HINT)
         return path.read_bytes(), done.stderr + done.stdout
+
+
+def check(product: Product) -> None:
+    """UserError where there is no kernel for the shape of ``product``."""
+    step = 16 if product.kind == "int8" else 32
+    if product.k % step:
+        hint = f"fill K up to a multiple of {step}"
+        raise UserError(f"{product.k} rows of {product.kind} have no kernel", hint=hint)
+    if product.kind == "w4" and product.group != product.k and (product.group % 32 or product.group < 32):
+        hint = "take groups of a multiple of 32 rows, or whole columns"
+        raise UserError(f"{product.k} rows in groups of {product.group} have no kernel", hint=hint)
 
 
 def resources(said: str) -> dict[str, Resources]:
@@ -88,7 +92,7 @@ def resources(said: str) -> dict[str, Resources]:
 
 def machine_code(cubin: bytes) -> dict[str, list[str]]:
     """The instructions of each kernel, without operands; UserError where there is no disassembler."""
-    tool = shutil.which("nvdisasm")
+    tool = shutil.which("nvdisasm") or next(_installed("nvdisasm"), None)
     if tool is None:
         raise UserError("there is no nvdisasm to read machine code with", where="kernels", hint=DISASSEMBLER_HINT)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
