@@ -29,7 +29,7 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
     """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target."""
     target = Target(dict(kind), host="llvm")
     found = translated(model, tiles=False, target=target)
-    module = schedule(found.module)
+    module = schedule(found.module, rows=kind["kind"] == "cuda")
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     try:
         plan = extract(module, found.parameters, *ports)

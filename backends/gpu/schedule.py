@@ -1,7 +1,7 @@
 """GPU schedules: a thread for each element of a stage, blocks of ``THREADS``; for a sum or maximum of a row, a block.
 
 elements  loops joined and cut into blocks; products that no kernel of ours takes add up inside a thread
-rows      a block for each result, its threads side by side along the row, then through shuffles or shared memory
+rows      on CUDA a block for each result, its threads side by side along the row, then through shuffles
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from qcompile.backends.tvm.written import SCHEDULED
 THREADS, LANES = 256, 32
 
 
-def schedule(module: tvm.IRModule) -> tvm.IRModule:
-    """``module`` with every PrimFunc bound to the threads of a GPU."""
+def schedule(module: tvm.IRModule, *, rows: bool) -> tvm.IRModule:
+    """``module`` with every PrimFunc bound to the threads of a GPU; ``rows``: a block for each row that is added up."""
     loops = {
-        variable: _bound(function)
+        variable: _bound(function, rows)
         for variable, function in module.functions.items()
         if isinstance(function, tirx.PrimFunc) and SCHEDULED not in function.attrs
     }
@@ -30,7 +30,7 @@ def schedule(module: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule(found, attrs=module.attrs)
 
 
-def _bound(function: tirx.PrimFunc) -> tirx.PrimFunc:
+def _bound(function: tirx.PrimFunc, rows: bool) -> tirx.PrimFunc:
     sch = Schedule(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}))
     for block in sch.get_child_blocks(sch.get_sblock("root", "main")):
         loops = sch.get_loops(block)
@@ -40,7 +40,7 @@ def _bound(function: tirx.PrimFunc) -> tirx.PrimFunc:
         if not outer:
             outer = [sch.add_unit_loop(loops[0] if loops else block)]
         sch.reorder(*outer, *inner)
-        if inner and _is_of_rows(sch, block, outer[-1]):
+        if rows and inner and _is_of_rows(sch, block, outer[-1]):
             _, lanes = sch.split(sch.fuse(*inner), [None, LANES])
             sch.bind(sch.fuse(*outer), "blockIdx.x")
             sch.bind(lanes, "threadIdx.x")
