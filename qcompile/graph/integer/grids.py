@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompile.graph.integer.parts import LAST, POWERS, attribute, constants, held, reached, wide_constants
+from qcompile.graph.integer.parts import LAST, POWERS, attribute, constants, held, reached, rounded, wide_constants
 
 # x int32; multiplier >= 0 and divisor int32 scalars, per column or (..., 1) -> int32: ``requantize``
 _REQUANTIZE = f"""Requantize <low, high> (x, multiplier, divisor) => (y) {{
@@ -17,13 +17,7 @@ _REQUANTIZE = f"""Requantize <low, high> (x, multiplier, divisor) => (y) {{
         carried = Div (b, part)
         product = Add (a, carried)
         lifted = Mul (multiplier, share)
-        half = Div (divisor, two)
-        less = Sub (half, lifted)
-        offset = Add (less, most)
-        moved = Add (product, offset)
-        quotient = Div (moved, divisor)
-        start = Div (most, divisor)
-        rounded = Sub (quotient, start){held("y", "rounded", "low", "high")}
+        {rounded("nearest", "product", "divisor", "most", less="lifted")}{held("y", "nearest", "low", "high")}
     }}"""
 
 # the same for multipliers of either sign
@@ -37,12 +31,7 @@ _REQUANTIZE_SIGNED = """RequantizeSigned <low, high> (x, multiplier, divisor) =>
 # a, b int32 -> int32: ``multiply_wide``
 _MULTIPLY_WIDE = f"""MultiplyWide <narrow, divisor, low, high> (a, b) => (y) {{
         {attribute("narrow", "divisor")}{constants(two=2, lift=2**29, least=-(2**15) + 1, most=2**15 - 1)}
-        half = Div (narrow, two)
-        offset = Add (half, lift)
-        moved = Add (b, offset)
-        steps = Div (moved, narrow)
-        start = Div (lift, narrow)
-        rounded = Sub (steps, start){held("short", "rounded", "least", "most")}
+        {rounded("nearest", "b", "narrow", "lift")}{held("short", "nearest", "least", "most")}
         y = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (a, short, divisor)
     }}"""
 
