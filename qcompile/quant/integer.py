@@ -88,14 +88,16 @@ def requantize(x: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, low: int
 
 
 def rescale(
-    x: ArrayLike, before: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, after: ArrayLike, lift: int,
+    x: ArrayLike, before: ArrayLike, lift: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, after: ArrayLike,
     inside: tuple[int, int], between: tuple[int, int], outside: tuple[int, int],
 ) -> Array:  # fmt: skip
     """``requantize`` of (x + before) * lift, and what is added and clipped around it, in one operator.
 
-    inside, between and outside are the ends of x + before, of what ``requantize`` gives and of that + after.
+    ``lift``, powers of two up to 2^30, saturates below 2^30. inside, between and outside are the ends of x + before,
+    of what ``requantize`` gives and of that + after.
     """
-    begun = np.clip(_int64(x) + _int64(before), *inside) * lift
+    most = (2**30 - 1) // _int64(lift)
+    begun = np.clip(np.clip(_int64(x) + _int64(before), *inside), -most, most) * _int64(lift)
     return _int32(np.clip(requantize(begun, multiplier, divisor, *between) + _int64(after), *outside))
 
 

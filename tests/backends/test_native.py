@@ -174,11 +174,19 @@ def test_the_target_is_named_with_its_options() -> None:
 # --------------------------------------------------------------------------- chains
 
 VECTOR = np.arange(8, dtype=np.int32)
+LIFTS = (2**VECTOR * 2**16).astype(np.int32)
 CHAINS = {
     # before, clip, lift, after, clip, cast: all in one
     "a = Add (x, v) b = Max (a, low) c = Min (b, high) d = Mul (c, two) e = R (d, m, s) f = Add (e, two) "
     "g = Cast <to = 2> (f) y = Cast <to = 6> (g)": ["RescaleToUint8", "Cast"],
     "a = Sub (x, v) e = R (a, m, s) y = Cast <to = 6> (e)": ["Rescale"],
+    # each column lifted by its own, and clipped where that needs it; an end beyond is another clip
+    "a = Max (x, low) b = Min (a, high) c = Max (b, lows) d = Min (c, highs) e = Mul (d, lifts) y = R (e, m, s)": [
+        "Rescale"
+    ],
+    "a = Add (x, v) b = Mul (a, few) y = R (b, m, s)": ["Rescale"],
+    "a = Max (x, lows) b = Min (a, v) c = Mul (b, lifts) y = R (c, m, s)": ["Max", "Min", "Rescale"],
+    "a = Mul (x, v) y = R (a, m, s)": ["Mul", "Rescale"],
     "e = R (x, m, s) f = Add (x, e) g = Max (f, low) y = Min (g, high)": ["Rescale"],
     # two readers: what lies between stays
     "a = Add (x, v) e = R (a, m, s) y = Sub (e, a)": ["Add", "Rescale", "Sub"],
@@ -198,6 +206,10 @@ def test_chains(text: str) -> None:
         "two": np.asarray(2, np.int32),
         "low": np.asarray(-300, np.int32),
         "high": np.asarray(300, np.int32),
+        "lifts": LIFTS,
+        "few": LIFTS // 2**16,
+        "lows": -((2**30 - 1) // LIFTS),
+        "highs": (2**30 - 1) // LIFTS,
     }
     constants |= {"m": np.asarray(2**14, np.int32), "s": np.asarray(2, np.int32)}
     model = graph(f"g (int32[t, 8] x) => (int32[t, 8] y) {{ {body} }}", **constants)

@@ -154,22 +154,22 @@ def test_rescale(shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(len(shape))
     ways = [(), shape[-1:], (*shape[:-1], 1), shape, tuple(n if i % 2 else 1 for i, n in enumerate(shape))]
     for number in range(12):
-        sizes = [ways[generator.integers(0, len(ways))] for _ in range(4)]
+        sizes = [ways[generator.integers(0, len(ways))] for _ in range(5)]
         x = wide(shape if number % 3 else (1, *shape[1:]), 2**29 - 1, seed=number)
         before, after = (generator.integers(-(2**20), 2**20, s).astype(np.int32) for s in (sizes[0], sizes[3]))
         m = generator.integers(-(2**15) + 1, 2**15, sizes[1]).astype(np.int32)
         d = (2 ** generator.integers(0, 30, sizes[2])).astype(np.int32)
-        lift = 2 ** int(generator.integers(0, 4))
-        inside = (-((2**30 - 1) // lift), (2**30 - 1) // lift) if number % 2 else (-(2**12), 2**11)
+        lift = (2 ** generator.integers(0, 4, sizes[4])).astype(np.int32)
+        inside = (-(2**30), 2**30) if number % 2 else (-(2**12), 2**11)
         for name, kind, outside in (
             ("Rescale", np.int32, (-(2**31), 2**31 - 1)), ("Rescale", np.int32, (-1000, 2**28)),
             ("RescaleToUint8", np.uint8, (0, 255)), ("RescaleToInt8", np.int8, (-127, 127)),
         ):  # fmt: skip
             between = (-(2**28), 2**28) if number % 4 else (-5, 100)
-            expected = integer.rescale(x, before, m, d, after, lift, inside, between, outside)
-            ends = dict(zip(("floor", "ceiling"), inside, strict=True)) | {"lift": lift}
-            ends |= dict(zip(("low", "high", "least", "most"), (*between, *outside), strict=True))
-            equal(computed(name, x, before, m, d, after, **ends), [expected.astype(kind)])
+            expected = integer.rescale(x, before, lift, m, d, after, inside, between, outside)
+            names = ("floor", "ceiling", "low", "high", "least", "most")
+            ends = dict(zip(names, (*inside, *between, *outside), strict=True))
+            equal(computed(name, x, before, lift, m, d, after, **ends), [expected.astype(kind)])
 
 
 @pytest.mark.parametrize("bits", (2, 4, 6, 8))

@@ -84,12 +84,13 @@ static OrtStatus *compute(void *made, void *context) {
               always, always, in_memory, {no_variadic, no_variadic, no_variadic, no_variadic}, create, compute, NULL, \
               first_version, last_version, {NULL, NULL, NULL, NULL}}
 #define I32 TYPE_INT32
-#define GRID {"floor", "ceiling", "lift", "low", "high", "least", "most"}
+#define GRID {"floor", "ceiling", "low", "high", "least", "most"}
+#define SIX {I32, I32, I32, I32, I32, I32}
 
 static const Operator OPERATORS[] = {
-    {FACE, "Rescale", rescale, {I32, I32, I32, I32, I32}, {I32}, GRID},
-    {FACE, "RescaleToUint8", rescale_to_uint8, {I32, I32, I32, I32, I32}, {TYPE_UINT8}, GRID},
-    {FACE, "RescaleToInt8", rescale_to_int8, {I32, I32, I32, I32, I32}, {TYPE_INT8}, GRID},
+    {FACE, "Rescale", rescale, SIX, {I32}, GRID},
+    {FACE, "RescaleToUint8", rescale_to_uint8, SIX, {TYPE_UINT8}, GRID},
+    {FACE, "RescaleToInt8", rescale_to_int8, SIX, {TYPE_INT8}, GRID},
     {FACE, "Requantize", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "RequantizeSigned", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "MultiplyWide", multiply_wide, {I32, I32}, {I32}, {"narrow", "divisor", "low", "high"}},

@@ -118,11 +118,15 @@ def _quantize(symmetric: bool) -> str:
 
 
 def _rescale(name: str, cast: str) -> str:
-    """x, before, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``."""
-    return f"""{name} <floor, ceiling, lift, low, high, least, most> (x, before, multiplier, divisor, after) => (y) {{
-        {attribute("floor", "ceiling", "lift", "least", "most")}
+    """x, before, lift, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``."""
+    return f"""{name} <floor, ceiling, low, high, least, most> (
+        x, before, lift, multiplier, divisor, after
+    ) => (y) {{
+        {attribute("floor", "ceiling", "least", "most")}{constants(reach=2**30 - 1)}
         begun = Add (x, before){held("kept", "begun", "floor", "ceiling")}
-        lifted = Mul (kept, lift)
+        top = Div (reach, lift)
+        bottom = Neg (top){held("inside", "kept", "bottom", "top")}
+        lifted = Mul (inside, lift)
         scaled = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (lifted, multiplier, divisor)
         ended = Add (scaled, after){held("result", "ended", "least", "most")}
         y = {cast} (result)
