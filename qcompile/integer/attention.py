@@ -31,6 +31,9 @@ ALIKE = 4.0  # times that heads may differ in the unit of their scores: the peri
 MOST_PERIOD = 2**16 - 1
 MOST_BIAS = 2**28  # of scores
 MOST_LIFT = 19  # bits of the periods
+BYTE = 256
+VALUE_HEADROOM = 2.0  # of 16-bit values: times what calibration saw
+MOST_FINE_KEYS = 2**14  # that values of 16 bits add up over
 
 
 def attention(c: Converter, node: ir.Node) -> None:
@@ -80,8 +83,8 @@ class _Attention:
         unit = q_step * k_step * scale  # of the scores, by head: one lift serves all
         unit = np.maximum(unit, max(unit.max() / ALIKE, np.log(2) / MOST_PERIOD))
         q_step = unit / (k_step * scale)
-        keys = self._codes(k, k_middle, 1 / (share * k_step[:, None]))
-        values = self._codes(v, v_middle, TOP / v_reach)
+        keys = emit.cast(self._codes(k, k_middle, 1 / (share * k_step[:, None]), TOP), I8)
+        values, v_step = self._value_codes(v, v_middle, v_reach)
         per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
         steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -TOP, TOP)
         queries = self._split(emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8), U8)
@@ -90,13 +93,11 @@ class _Attention:
         if bias is not None:
             scores = self.emit.put("Add", [scores, self._bias(bias, unit)])
         parts, total = self._weights(scores, self._spread(mask), np.log(2) / unit)
-        beside = self._beside(values, I8)
-        sums = [self._product(part, beside, 0) for part in parts]
-        mixed, unit_places = self._mean(sums, total)
+        mixed, unit_places = self._mean(parts, [self._beside(part, I8) for part in values], total)
         places, bound = self.c.places(self.node.outputs[0]), self.c.bound(self.node.outputs[0])
         most = (TOP + 1) << unit_places
         mixed = emit.clip(mixed, -most, most)
-        each = np.repeat(v_reach / TOP, self.groups, axis=0) * 2.0 ** (places - unit_places)
+        each = np.repeat(v_step, self.groups, axis=0) * 2.0 ** (places - unit_places)
         result = emit.requantize(self._joined(mixed), most, self._shaped(each), -bound, bound)
         offset = np.rint(np.repeat(v_middle, self.groups, axis=0) * 2.0**places).astype(np.int32)
         return emit.clip(emit.put("Add", [result, emit.int32(self._shaped(offset))]), -bound, bound)
@@ -113,13 +114,21 @@ class _Attention:
         """(H, d) -> (1, H, 1, d)"""
         return array[None, :, None]
 
-    def _codes(self, x: Wide, middle: np.ndarray, scale: np.ndarray) -> ir.Value:
-        """int8 (B, heads, S, d): round((x - middle) * scale)."""
+    def _codes(self, x: Wide, middle: np.ndarray, scale: np.ndarray, most: int) -> ir.Value:
+        """int32 (B, heads, S, d): round((x - middle) * scale), at most ``most`` in size."""
         centre = np.rint(self._shaped(middle) * 2.0**x.places).astype(np.int32)
         centred = self.emit.put("Sub", [x.value, self.emit.int32(centre)])
         bound = x.bound + int(np.abs(centre).max())
-        steps = self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -TOP, TOP)
-        return self.emit.cast(steps, I8)
+        return self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -most, most)
+
+    def _value_codes(self, v: Wide, middle: np.ndarray, reach: np.ndarray) -> tuple[list[ir.Value], np.ndarray]:
+        """int8 codes of the values, with 16-bit weights their high and low bytes; and a high step (H, d)."""
+        emit = self.emit
+        if self.c.settings.probability_bits == 8 or self.c.keys > MOST_FINE_KEYS:
+            return [emit.cast(self._codes(v, middle, TOP / reach, TOP), I8)], reach / TOP
+        step = VALUE_HEADROOM * reach / TOP
+        both = self._codes(v, middle, BYTE / step, TOP * BYTE)
+        return emit.put_all("SplitBytes", [both], [I8, I8]), step
 
     def _split(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
         """(B, H, S, n) -> (B, heads, groups, S, n)"""
@@ -167,11 +176,16 @@ class _Attention:
             found = self.emit.put_all("IntegerSoftmax16", inputs, [U8, U8, I32], lift=2**lift)
         return found[:-1], found[-1]
 
-    def _mean(self, sums: Sequence[ir.Value], total: ir.Value) -> tuple[ir.Value, int]:
-        """The sums over their weights' total, and its places."""
-        if len(sums) == 1:
+    def _mean(
+        self, weights: Sequence[ir.Value], values: Sequence[ir.Value], total: ir.Value
+    ) -> tuple[ir.Value, int]:
+        """The mean of the values in high steps, and its places: bytes times bytes, but for the low ones of both."""
+        sums = [self._product(part, values[0], 0) for part in weights]
+        if len(weights) == 1:
             return self.emit.put("NormalizeAttention", [*sums, total]), ATTENTION_FRACTION
-        free = LIMIT // (255 * TOP * self.c.keys)
+        if len(values) > 1:
+            sums[1] = self.emit.put("Add", [sums[1], self._product(weights[0], values[1], 0)])
+        free = LIMIT // (255 * (TOP if len(values) == 1 else TOP + MIDDLE) * self.c.keys)
         lift = max(0, free.bit_length() - 1)
         mixed = self.emit.put("NormalizeAttention16", [*sums, total], lift=2**lift)
         return mixed, ATTENTION16_FRACTION + lift

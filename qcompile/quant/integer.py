@@ -111,6 +111,13 @@ def multiply_wide(a: ArrayLike, b: ArrayLike, narrow: int, divisor: int, low: in
     return requantize(a, short, divisor, low, high)
 
 
+def split_bytes(x: ArrayLike) -> tuple[Array, Array]:
+    """``(high, low)`` int8 with x = 256 * high + low, for |x| <= 127 * 256; low is in -128..127."""
+    x = _int64(x)
+    high = np.clip((x + 2**7) // 2**8, -127, 127)
+    return high.astype(np.int8), np.clip(x - high * 2**8, -128, 127).astype(np.int8)
+
+
 def quantize_per_token(x: ArrayLike, bits: int, symmetric: bool) -> tuple[Array, Array, Array, Array]:
     """``(codes, zero, step, divisor)`` of the rows of wide ``x`` (..., C), |x| < 2^29.
 

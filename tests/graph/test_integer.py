@@ -25,7 +25,7 @@ from qcompile.graph.integer.parts import LAST, wide_constants
 from qcompile.quant import integer
 
 Array = np.ndarray
-_RESULTS = {"RescaleToUint8": ir.DataType.UINT8, "RescaleToInt8": ir.DataType.INT8}
+_RESULTS = {"RescaleToUint8": ir.DataType.UINT8, **dict.fromkeys(("RescaleToInt8", "SplitBytes"), ir.DataType.INT8)}
 SHAPES = ((1, 1), (3, 1, 64), (2, 5, 33), (1, 768), (2, 2, 7, 40))
 INT64_BY_ELEMENT = {"IntegerRMSNorm", "IntegerLayerNorm"}  # their sums
 GROUND: dict[str, Path | None] = {"library": None}
@@ -68,12 +68,13 @@ def program(
         "QuantizePerTokenInteger": 4,
         "QuantizePerTokenIntegerSymmetric": 4,
         "IntegerSoftmax": 2,
+        "SplitBytes": 2,
         "IntegerSoftmax16": 3,
     }
     held = [ir.AttrInt64(key, value) for key, value in attributes]
     node = ir.Node(DOMAIN, name, ends, held, num_outputs=count.get(name, 1))
     for i, value in enumerate(node.outputs):
-        codes = count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
+        codes = name not in _RESULTS and count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
         kind = ir.DataType.UINT8 if codes else _RESULTS.get(name, ir.DataType.INT32)
         value.name, value.type = f"y{i}", ir.TensorType(kind)
     model = ir.Model(ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
@@ -170,6 +171,13 @@ def test_rescale(shape: tuple[int, ...]) -> None:
             names = ("floor", "ceiling", "low", "high", "least", "most")
             ends = dict(zip(names, (*inside, *between, *outside), strict=True))
             equal(computed(name, x, before, lift, m, d, after, **ends), [expected.astype(kind)])
+
+
+def test_split_bytes() -> None:
+    x = np.arange(-127 * 256, 127 * 256 + 1, dtype=np.int32).reshape(1, -1)
+    high, low = integer.split_bytes(x)
+    np.testing.assert_array_equal(high.astype(np.int32) * 256 + low, x)
+    equal(computed("SplitBytes", x), [high, low])
 
 
 @pytest.mark.parametrize("bits", (2, 4, 6, 8))

@@ -95,6 +95,7 @@ static const Operator OPERATORS[] = {
     {FACE, "RequantizeSigned", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "MultiplyWide", multiply_wide, {I32, I32}, {I32}, {"narrow", "divisor", "low", "high"}},
     {FACE, "IntegerRelu2", relu_squared, {I32}, {I32}, {"narrow", "divisor", "high"}},
+    {FACE, "SplitBytes", split_bytes, {I32}, {TYPE_INT8, TYPE_INT8}, {NULL}},
     {FACE, "IntegerSoftmax", softmax8, {I32, TYPE_BOOL, I32}, {TYPE_UINT8, I32}, {"lift"}},
     {FACE, "IntegerSoftmax16", softmax16, {I32, TYPE_BOOL, I32}, {TYPE_UINT8, TYPE_UINT8, I32}, {"lift"}},
     {FACE, "NormalizeAttention", normalize_attention, {I32, I32}, {I32}, {NULL}},

@@ -226,3 +226,30 @@ static OrtStatus *multiply_wide(const Call *call) {
 }
 
 static OrtStatus *relu_squared(const Call *call) { return product_of(call, 0, 0, 0, call->settings->value[2]); }
+
+/* SplitBytes */
+typedef struct { const int32_t *x; int8_t *high, *low; int64_t width; } Bytes;
+
+LEVELS static void split(const int32_t *x, int64_t n, int8_t *restrict high, int8_t *restrict low) {
+    for (int64_t j = 0; j < n; j++) {
+        int32_t whole = clipped(plus(x[j], 1 << 7) >> 8, -127, 127);
+        high[j] = (int8_t)whole;
+        low[j] = (int8_t)clipped(x[j] - whole * (1 << 8), -128, 127);
+    }
+}
+
+static int split_rows(const void *data, int64_t first, int64_t last) {
+    const Bytes *job = data;
+    int64_t at = first * job->width;
+    split(job->x + at, (last - first) * job->width, job->high + at, job->low + at);
+    return 1;
+}
+
+static OrtStatus *split_bytes(const Call *call) {
+    Tensor x;
+    TRY(input(call, 0, &x));
+    Bytes job = {.x = x.data, .width = columns(&x)};
+    TRY(output(call, 0, x.dims, x.rank, &job.high));
+    TRY(output(call, 1, x.dims, x.rank, &job.low));
+    return in_pieces(call, split_rows, &job, rows(&x), job.width);
+}

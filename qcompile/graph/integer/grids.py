@@ -45,6 +45,17 @@ _RELU2 = f"""IntegerRelu2 <narrow, divisor, high> (x) => (y) {{
     }}"""
 
 
+# x int32 -> int8, int8: ``split_bytes``
+_SPLIT = f"""SplitBytes (x) => (high, low) {{
+        {constants(two=2, byte=2**8, lift=2**29, least=-127, most=127, lowest=-128)}
+        {rounded("nearest", "x", "byte", "lift")}{held("whole", "nearest", "least", "most")}
+        taken = Mul (whole, byte)
+        remainder = Sub (x, taken){held("rest", "remainder", "lowest", "most")}
+        high = Cast <to = 3> (whole)
+        low = Cast <to = 3> (rest)
+    }}"""
+
+
 def _quantize(symmetric: bool) -> str:
     """x (..., C) int32 -> uint8 codes, and zero, step, divisor int32 (..., 1): ``quantize_per_token``."""
     name = "QuantizePerTokenIntegerSymmetric" if symmetric else "QuantizePerTokenInteger"
@@ -138,6 +149,7 @@ BODIES = (
     _REQUANTIZE_SIGNED,
     _MULTIPLY_WIDE,
     _RELU2,
+    _SPLIT,
     _quantize(symmetric=False),
     _quantize(symmetric=True),
     _rescale("Rescale", "Identity"),
