@@ -46,6 +46,17 @@ def test_close_to_floats(heads: int, mask: str, bits: int) -> None:
     assert done.error(feeds) <= 2.0 / 127 + 0.03  # a code of the values, and of the scores
 
 
+@pytest.mark.parametrize(("positions", "least", "most"), ((64, 0, 0.02), (2**15, 0.3, 4)))
+def test_values_have_room_beyond_calibration(positions: int, least: float, most: float) -> None:
+    """Longer texts leave no room in 32 bits for values of 16 bits: there they saturate."""
+    feeds = case()
+    done = attended(feeds, "zero", settings=Settings(positions))
+    ends = [end(feeds["v"], axis=(0, 2), keepdims=True) for end in (np.min, np.max)]
+    wider = {**feeds, "v": feeds["v"] + 0.9 * (feeds["v"] - (ends[0] + ends[1]) / 2)}
+    assert not done.skips
+    assert least < done.error(wider) < most
+
+
 @pytest.mark.parametrize("heads", (4, 2))
 def test_a_constant_bias_of_each_head(heads: int) -> None:
     feeds = case(heads)
