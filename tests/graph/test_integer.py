@@ -75,7 +75,7 @@ def program(
     node = ir.Node(DOMAIN, name, ends, held, num_outputs=count.get(name, 1))
     for i, value in enumerate(node.outputs):
         codes = name not in _RESULTS and count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
-        kind = ir.DataType.UINT8 if codes else _RESULTS.get(name, ir.DataType.INT32)
+        kind = ir.DataType.UINT8 if codes else _RESULTS.get(name.removesuffix("Turned"), ir.DataType.INT32)
         value.name, value.type = f"y{i}", ir.TensorType(kind)
     model = ir.Model(ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
     use(model, name)
@@ -171,6 +171,10 @@ def test_rescale(shape: tuple[int, ...]) -> None:
             names = ("floor", "ceiling", "low", "high", "least", "most")
             ends = dict(zip(names, (*inside, *between, *outside), strict=True))
             equal(computed(name, x, before, lift, m, d, after, **ends), [expected.astype(kind)])
+            if x.ndim == 4:
+                turned = np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+                found = computed(f"{name}Turned", turned, before, lift, m, d, after, **ends)
+                equal(found, [expected.astype(kind)])
 
 
 def test_split_bytes() -> None:

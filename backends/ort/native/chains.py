@@ -2,6 +2,7 @@
 
     [Add | Sub constant]  [Max, Min]  [Max, Min, Mul constant]  Requantize  [Add]  [Max, Min]  [Cast]   ->   Rescale
 
+A Transpose of heads and tokens in front of a run, or behind one whose other operands are constant, is taken in as well.
 What lies between is read by nothing else, so that nothing but the number of passes over memory changes.
 """
 
@@ -19,6 +20,7 @@ from qcompile.graph.workspace import Workspace
 
 _NAMES = {ir.DataType.INT32: "Rescale", ir.DataType.UINT8: "RescaleToUint8", ir.DataType.INT8: "RescaleToInt8"}
 _REACH = 2**30 - 1  # of what Requantize takes
+_TURN = (0, 2, 1, 3)  # heads and tokens
 _ENDLESS = {"floor": -(2**31), "ceiling": 2**31 - 1}
 
 
@@ -30,9 +32,11 @@ class _Chain:
     x: ir.Value
     before: ir.Value | np.ndarray
     lift: np.ndarray
+    scale: tuple[ir.Value | np.ndarray, ir.Value | np.ndarray]
     after: ir.Value | np.ndarray
     ends: dict[str, int]
     kind: ir.DataType = ir.DataType.INT32
+    turned: bool = False
 
 
 def rewrite(model: ir.Model, workspace: Workspace) -> int:
@@ -42,13 +46,18 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
     count = 0
     with naming(model):
         for node in match.nodes(model.graph, "Requantize", "RequantizeSigned"):
-            value = node.inputs[0]
-            assert value is not None
+            value, *scale = node.inputs
+            assert value is not None and all(v is not None for v in scale)
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            chain = _Chain([node], value, zero, one, zero, _ENDLESS | {"low": low, "high": high})
+            chain = _Chain([node], value, zero, one, tuple(scale), zero, _ENDLESS | {"low": low, "high": high})
             _grow_up(chain)
+            turn = _maker(chain.x, "Transpose")
+            if turn is not None and _is_turn(turn):
+                chain.turned = True
+                _take_above(chain, turn, turn.inputs[0])
             _grow_down(chain)
-            _replace(model, node, chain, workspace, held)
+            _turn_below(chain)
+            _replace(model, chain, workspace, held)
             count += 1
     return count
 
@@ -98,6 +107,37 @@ def _grow_down(chain: _Chain) -> None:
     if cast is not None and kind in _NAMES:
         chain.kind = kind
         chain.nodes.append(cast)
+
+
+def _turn_below(chain: _Chain) -> None:
+    """Turn the operands instead of the result."""
+    turn = match.only_consumer(chain.nodes[-1].outputs[0], "Transpose")
+    if turn is None or not _is_turn(turn):
+        return
+    multiplier, divisor = chain.scale
+    held = [
+        constant_array(v) if isinstance(v, ir.Value) else v
+        for v in (chain.before, chain.lift, multiplier, divisor, chain.after)
+    ]
+    if any(array is None or array.ndim > len(_TURN) for array in held):
+        return
+    found = [_turned(array) for array in held if array is not None]
+    chain.before, chain.lift, chain.after = found[0], found[1], found[4]
+    chain.scale = found[2], found[3]
+    chain.turned = not chain.turned
+    chain.nodes.append(turn)
+
+
+def _is_turn(node: ir.Node) -> bool:
+    return tuple(node.attributes["perm"].as_ints() if "perm" in node.attributes else ()) == _TURN
+
+
+def _turned(array: np.ndarray) -> np.ndarray:
+    """An operand of what is turned."""
+    if array.ndim < len(_TURN) - 2:  # one number, or one for each of the last axis
+        return array
+    whole = array.reshape((1,) * (len(_TURN) - array.ndim) + array.shape)
+    return np.ascontiguousarray(whole.transpose(_TURN))
 
 
 def _ends_of_sum(chain: _Chain) -> dict[str, int]:
@@ -153,7 +193,7 @@ def _negative(array: np.ndarray) -> np.ndarray:
     return np.asarray(-array.astype(np.int64)).astype(np.int32)
 
 
-def _replace(model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]) -> None:
+def _replace(model: ir.Model, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]) -> None:
     def operand(value: ir.Value | np.ndarray) -> ir.Value:
         if isinstance(value, ir.Value):
             return value
@@ -164,9 +204,9 @@ def _replace(model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace
             held[number] = new_initializer(model, "c", np.asarray(number, np.int32), workspace)
         return held[number]
 
-    inputs = [chain.x, operand(chain.before), operand(chain.lift), *node.inputs[1:], operand(chain.after)]
+    inputs = [chain.x, *map(operand, (chain.before, chain.lift, *chain.scale, chain.after))]
     attributes = {key: ir.AttrInt64(key, value) for key, value in chain.ends.items()}
-    name = _NAMES[chain.kind]
+    name = _NAMES[chain.kind] + ("Turned" if chain.turned else "")
     use(model, name)
     new = match.new_node(DOMAIN, name, inputs, attributes, chain.nodes)
     match.put_instead(chain.nodes[-1], new)

@@ -89,8 +89,11 @@ static OrtStatus *compute(void *made, void *context) {
 
 static const Operator OPERATORS[] = {
     {FACE, "Rescale", rescale, SIX, {I32}, GRID},
+    {FACE, "RescaleTurned", rescale_turned, SIX, {I32}, GRID},
     {FACE, "RescaleToUint8", rescale_to_uint8, SIX, {TYPE_UINT8}, GRID},
+    {FACE, "RescaleToUint8Turned", rescale_to_uint8_turned, SIX, {TYPE_UINT8}, GRID},
     {FACE, "RescaleToInt8", rescale_to_int8, SIX, {TYPE_INT8}, GRID},
+    {FACE, "RescaleToInt8Turned", rescale_to_int8_turned, SIX, {TYPE_INT8}, GRID},
     {FACE, "Requantize", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "RequantizeSigned", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "MultiplyWide", multiply_wide, {I32, I32}, {I32}, {"narrow", "divisor", "low", "high"}},

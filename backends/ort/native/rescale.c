@@ -12,7 +12,7 @@ typedef struct {
     Grid grid;
     Tensor operand[MOST_OPERANDS];
     int64_t step[MOST_OPERANDS][MOST_DIMS], dims[MOST_DIMS], width, height, block, blocks;
-    int rank;
+    int rank, turned /* x (B, n, m, d) as (B, m, n, d) */;
     void *out;
 } Rescale;
 
@@ -48,7 +48,14 @@ LEVELS static void rescale_even8(Row r, Grid g, int64_t n, uint8_t *restrict y) 
 }
 
 static OrtStatus *broadcast(Rescale *job) {
+    Tensor *x = &job->operand[X];
+    int64_t first = x->dims[1], second = x->dims[2];
     job->rank = 2;
+    if (job->turned) {
+        if (x->rank != 4) return failure("qcompile: only a tensor of four axes is turned");
+        x->dims[1] = second;
+        x->dims[2] = first;
+    }
     for (int i = 0; i < MOST_OPERANDS; i++) job->rank = most_of(job->rank, job->operand[i].rank);
     for (int axis = 0; axis < job->rank; axis++) {
         job->dims[axis] = 1;
@@ -60,6 +67,11 @@ static OrtStatus *broadcast(Rescale *job) {
         }
     }
     for (int i = 0; i < MOST_OPERANDS; i++) TRY(steps_of(&job->operand[i], job->dims, job->rank, job->step[i]));
+    if (job->turned) {
+        if (job->rank != 4) return failure("qcompile: an operand has more axes than what is turned");
+        job->step[X][1] = second == 1 ? 0 : x->dims[3];
+        job->step[X][2] = first == 1 ? 0 : x->dims[3] * second;
+    }
     job->width = job->dims[job->rank - 1];
     job->height = job->dims[job->rank - 2];
     job->block = clipped64(BLOCK / most_of64(job->width, 1), 1, most_of64(job->height, 1));
@@ -154,7 +166,7 @@ static OrtStatus *run_rescale(const Call *call, Rescale *job) {
         return status;
     }
     int64_t outer = count ? count / (job->width * job->height) : 0;
-    int is_even = 1;
+    int is_even = !job->turned;
     for (int i = BEFORE; i <= AFTER; i++) is_even &= job->operand[i].count == 1;
     status = is_even ? in_pieces(call, rescale_evenly, job, outer * job->height, job->width)
                      : in_pieces(call, rescale_blocks, job, outer * job->blocks, job->block * job->width);
@@ -163,17 +175,20 @@ static OrtStatus *run_rescale(const Call *call, Rescale *job) {
     return status;
 }
 
-static OrtStatus *rescale_as(const Call *call, int kind) {
+static OrtStatus *rescale_as(const Call *call, int kind, int turned) {
     const int64_t *s = call->settings->value;
     Grid grid = {(int32_t)s[0], (int32_t)s[1], (int32_t)s[2], (int32_t)s[3], (int32_t)s[4], (int32_t)s[5], kind};
-    Rescale job = {.grid = grid};
+    Rescale job = {.grid = grid, .turned = turned};
     for (int i = 0; i < MOST_OPERANDS; i++) TRY(input(call, (size_t)i, &job.operand[i]));
     return run_rescale(call, &job);
 }
 
-static OrtStatus *rescale(const Call *call) { return rescale_as(call, TYPE_INT32); }
-static OrtStatus *rescale_to_uint8(const Call *call) { return rescale_as(call, TYPE_UINT8); }
-static OrtStatus *rescale_to_int8(const Call *call) { return rescale_as(call, TYPE_INT8); }
+static OrtStatus *rescale(const Call *call) { return rescale_as(call, TYPE_INT32, 0); }
+static OrtStatus *rescale_to_uint8(const Call *call) { return rescale_as(call, TYPE_UINT8, 0); }
+static OrtStatus *rescale_to_int8(const Call *call) { return rescale_as(call, TYPE_INT8, 0); }
+static OrtStatus *rescale_turned(const Call *call) { return rescale_as(call, TYPE_INT32, 1); }
+static OrtStatus *rescale_to_uint8_turned(const Call *call) { return rescale_as(call, TYPE_UINT8, 1); }
+static OrtStatus *rescale_to_int8_turned(const Call *call) { return rescale_as(call, TYPE_INT8, 1); }
 
 /* A job that only requantises; x, multiplier and divisor are still to be set. */
 static Rescale plain(int32_t least, int64_t low, int64_t high) {

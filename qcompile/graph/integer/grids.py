@@ -128,13 +128,18 @@ def _quantize(symmetric: bool) -> str:
     }}"""
 
 
-def _rescale(name: str, cast: str) -> str:
-    """x, before, lift, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``."""
-    return f"""{name} <floor, ceiling, low, high, least, most> (
+def _rescale(name: str, cast: str, turned: bool) -> str:
+    """x, before, lift, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``.
+
+    ``turned``: of x (B, n, m, d) as (B, m, n, d).
+    """
+    first = "Transpose <perm = [0, 2, 1, 3]> (x)" if turned else "Identity (x)"
+    return f"""{name}{"Turned" if turned else ""} <floor, ceiling, low, high, least, most> (
         x, before, lift, multiplier, divisor, after
     ) => (y) {{
         {attribute("floor", "ceiling", "least", "most")}{constants(reach=2**30 - 1)}
-        begun = Add (x, before){held("kept", "begun", "floor", "ceiling")}
+        given = {first}
+        begun = Add (given, before){held("kept", "begun", "floor", "ceiling")}
         top = Div (reach, lift)
         bottom = Neg (top){held("inside", "kept", "bottom", "top")}
         lifted = Mul (inside, lift)
@@ -144,6 +149,8 @@ def _rescale(name: str, cast: str) -> str:
     }}"""
 
 
+_CASTS = {"Rescale": "Identity", "RescaleToUint8": "Cast <to = 2>", "RescaleToInt8": "Cast <to = 3>"}
+
 BODIES = (
     _REQUANTIZE,
     _REQUANTIZE_SIGNED,
@@ -152,7 +159,5 @@ BODIES = (
     _SPLIT,
     _quantize(symmetric=False),
     _quantize(symmetric=True),
-    _rescale("Rescale", "Identity"),
-    _rescale("RescaleToUint8", "Cast <to = 2>"),
-    _rescale("RescaleToInt8", "Cast <to = 3>"),
+    *(_rescale(name, cast, turned) for name, cast in _CASTS.items() for turned in (False, True)),
 )
