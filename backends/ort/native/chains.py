@@ -46,10 +46,10 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
     count = 0
     with naming(model):
         for node in match.nodes(model.graph, "Requantize", "RequantizeSigned"):
-            value, *scale = node.inputs
-            assert value is not None and all(v is not None for v in scale)
+            value, multiplier, divisor = node.inputs
+            assert value is not None and multiplier is not None and divisor is not None
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            chain = _Chain([node], value, zero, one, tuple(scale), zero, _ENDLESS | {"low": low, "high": high})
+            chain = _Chain([node], value, zero, one, (multiplier, divisor), zero, _ENDLESS | {"low": low, "high": high})
             _grow_up(chain)
             turn = _maker(chain.x, "Transpose")
             if turn is not None and _is_turn(turn):
