@@ -50,6 +50,8 @@ def attention(c: Converter, node: ir.Node) -> None:
         raise Refused(str(error)) from error
     if groups > 1 and _per_head(mask):
         raise Refused("each head has a mask of its own, and heads are grouped")
+    if groups > 1 and isinstance(bias, masks.Slopes):
+        raise Refused("a bias that depends on positions, and heads are grouped")
     made = _Attention(c, node, heads, groups, (int(widths[0]), int(widths[1])))  # type: ignore[arg-type]
     c.put(node, made.write(q, k, v, mask, bias), c.bound(node.outputs[0]))
 
@@ -71,7 +73,7 @@ class _Attention:
         self.c, self.emit, self.node = c, c.emit, node
         self.heads, self.groups, self.widths = heads, groups, widths
 
-    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value, bias: np.ndarray | None) -> ir.Value:
+    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value, bias: np.ndarray | masks.Slopes | None) -> ir.Value:
         emit = self.emit
         (_, q_reach), (k_middle, k_reach), (v_middle, v_reach) = (self._extremes(i) for i in range(3))
         q_reach = q_reach.reshape(self.heads, self.groups, self.widths[0])  # heads of keys, their queries, channels
@@ -91,7 +93,8 @@ class _Attention:
         turned = emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2])
         scores = self._product(queries, self._beside(turned, I8), MIDDLE)
         if bias is not None:
-            scores = self.emit.put("Add", [scores, self._bias(bias, unit)])
+            steps = self._bias(bias, unit) if isinstance(bias, np.ndarray) else self._sloped(bias, unit)
+            scores = self.emit.put("Add", [scores, steps])
         parts, total = self._weights(scores, self._spread(mask), np.log(2) / unit)
         mixed, unit_places = self._mean(parts, [self._beside(part, I8) for part in values], total)
         places, bound = self.c.places(self.node.outputs[0]), self.c.bound(self.node.outputs[0])
@@ -153,6 +156,17 @@ class _Attention:
         if self.groups > 1:
             steps = steps.reshape(shape[0], self.heads, self.groups, *shape[2:])
         return self.emit.int32(steps.astype(np.int32), "bias")
+
+    def _sloped(self, bias: masks.Slopes, unit: np.ndarray) -> ir.Value:
+        """Integers, at most as many as there are keys, times constants, in units of the scores."""
+        most = self.c.keys
+        factor = bias.factor.astype(np.float64) / unit[:, None, None]
+        if not np.abs(factor).max() * most < MOST_BIAS:
+            raise Refused("the bias of its scores is too large")
+        ends = [self.emit.constant(np.asarray(end, np.int64), "end") for end in (-most, most)]
+        floored = self.emit.put("Max", [bias.integers, ends[0]], ir.DataType.INT64)
+        inside = self.emit.cast(self.emit.put("Min", [floored, ends[1]], ir.DataType.INT64), I32)
+        return self.emit.requantize(inside, most, factor, -MOST_BIAS, MOST_BIAS)
 
     def _joined(self, x: ir.Value) -> ir.Value:
         """(B, heads, groups, S, d) -> (B, H, S, d)"""

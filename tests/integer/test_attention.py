@@ -58,6 +58,26 @@ def test_values_have_room_beyond_calibration(positions: int, least: float, most:
 
 
 @pytest.mark.parametrize("heads", (4, 2))
+def test_slopes_of_positions(heads: int) -> None:
+    """The bias of ALiBi: what each head adds for each key grows with its position."""
+    slopes = 2.0 ** -np.arange(1, HEADS + 1)[:, None]
+    ids = "i = Shape (m) n = Slice (i, two, three) z = Constant <value_ints = [0]> () s = Squeeze (n, z) "
+    ids += "o = Constant <value_int = 1> () p = Constant <value_int = 0> () t = Range (p, s, o) "
+    ids += "u = Constant <value_ints = [0, 1]> () w = Unsqueeze (t, u) "
+    sum_ = "f = Cast <to = 1> (w) g = Mul (slopes, f) x = Constant <value_ints = [2]> () h = Unsqueeze (g, x) "
+    constants = {"slopes": slopes, "two": np.array([2]), "three": np.array([3])}
+    feeds = case(heads)
+    done = attended(feeds, f"{ids}{sum_} b = Where (m, nought, far) c = Add (h, b) c", constants)
+    if heads < HEADS:
+        assert any("depends on positions" in skip.reason for skip in done.skips)
+        return
+    assert not done.skips and not done.inside()
+    assert done.error(feeds) <= 0.03
+    flat = attended(feeds, "b = Where (m, nought, far) b")
+    assert np.abs(flat.run(feeds)[1][0] - done.run(feeds)[1][0]).max() > 0.1  # the slopes count
+
+
+@pytest.mark.parametrize("heads", (4, 2))
 def test_a_constant_bias_of_each_head(heads: int) -> None:
     feeds = case(heads)
     bias = drawn(1, HEADS, LENGTH, LENGTH, reach=3.0, seed=9)
