@@ -35,7 +35,7 @@ class IntOnly(Pass):
     """Options:
 
     positions: the longest text, in tokens, that rotary embeddings have tables for and sums are proven for
-    probability_bits: of attention weights, 8 or 16
+    probability_bits: of attention weights and values, 8 or 16
     strict: an operator without an integer form is an error
     """
 

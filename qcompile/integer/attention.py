@@ -31,6 +31,9 @@ ALIKE = 4.0  # times that heads may differ in the unit of their scores: the peri
 MOST_PERIOD = 2**16 - 1
 MOST_BIAS = 2**28  # of scores
 MOST_LIFT = 19  # bits of the periods
+BYTE = 256
+VALUE_HEADROOM = 2.0  # of 16-bit values: times what calibration saw
+MOST_FINE_KEYS = 2**14  # that values of 16 bits add up over
 
 
 def attention(c: Converter, node: ir.Node) -> None:
@@ -47,6 +50,8 @@ def attention(c: Converter, node: ir.Node) -> None:
         raise Refused(str(error)) from error
     if groups > 1 and _per_head(mask):
         raise Refused("each head has a mask of its own, and heads are grouped")
+    if groups > 1 and isinstance(bias, masks.Slopes):
+        raise Refused("a bias that depends on positions, and heads are grouped")
     made = _Attention(c, node, heads, groups, (int(widths[0]), int(widths[1])))  # type: ignore[arg-type]
     c.put(node, made.write(q, k, v, mask, bias), c.bound(node.outputs[0]))
 
@@ -68,7 +73,7 @@ class _Attention:
         self.c, self.emit, self.node = c, c.emit, node
         self.heads, self.groups, self.widths = heads, groups, widths
 
-    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value, bias: np.ndarray | None) -> ir.Value:
+    def write(self, q: Wide, k: Wide, v: Wide, mask: ir.Value, bias: np.ndarray | masks.Slopes | None) -> ir.Value:
         emit = self.emit
         (_, q_reach), (k_middle, k_reach), (v_middle, v_reach) = (self._extremes(i) for i in range(3))
         q_reach = q_reach.reshape(self.heads, self.groups, self.widths[0])  # heads of keys, their queries, channels
@@ -80,23 +85,22 @@ class _Attention:
         unit = q_step * k_step * scale  # of the scores, by head: one lift serves all
         unit = np.maximum(unit, max(unit.max() / ALIKE, np.log(2) / MOST_PERIOD))
         q_step = unit / (k_step * scale)
-        keys = self._codes(k, k_middle, 1 / (share * k_step[:, None]))
-        values = self._codes(v, v_middle, TOP / v_reach)
+        keys = emit.cast(self._codes(k, k_middle, 1 / (share * k_step[:, None]), TOP), I8)
+        values, v_step = self._value_codes(v, v_middle, v_reach)
         per_query = np.repeat(share / q_step[:, None], self.groups, axis=0)
         steps = emit.requantize(q.value, q.bound, self._shaped(per_query) * 2.0**-q.places, -TOP, TOP)
         queries = self._split(emit.cast(emit.put("Add", [steps, emit.int32(MIDDLE)]), U8), U8)
         turned = emit.put("Transpose", [keys], I8, perm=[0, 1, 3, 2])
         scores = self._product(queries, self._beside(turned, I8), MIDDLE)
         if bias is not None:
-            scores = self.emit.put("Add", [scores, self._bias(bias, unit)])
+            steps = self._bias(bias, unit) if isinstance(bias, np.ndarray) else self._sloped(bias, unit)
+            scores = self.emit.put("Add", [scores, steps])
         parts, total = self._weights(scores, self._spread(mask), np.log(2) / unit)
-        beside = self._beside(values, I8)
-        sums = [self._product(part, beside, 0) for part in parts]
-        mixed, unit_places = self._mean(sums, total)
+        mixed, unit_places = self._mean(parts, [self._beside(part, I8) for part in values], total)
         places, bound = self.c.places(self.node.outputs[0]), self.c.bound(self.node.outputs[0])
         most = (TOP + 1) << unit_places
         mixed = emit.clip(mixed, -most, most)
-        each = np.repeat(v_reach / TOP, self.groups, axis=0) * 2.0 ** (places - unit_places)
+        each = np.repeat(v_step, self.groups, axis=0) * 2.0 ** (places - unit_places)
         result = emit.requantize(self._joined(mixed), most, self._shaped(each), -bound, bound)
         offset = np.rint(np.repeat(v_middle, self.groups, axis=0) * 2.0**places).astype(np.int32)
         return emit.clip(emit.put("Add", [result, emit.int32(self._shaped(offset))]), -bound, bound)
@@ -113,13 +117,21 @@ class _Attention:
         """(H, d) -> (1, H, 1, d)"""
         return array[None, :, None]
 
-    def _codes(self, x: Wide, middle: np.ndarray, scale: np.ndarray) -> ir.Value:
-        """int8 (B, heads, S, d): round((x - middle) * scale)."""
+    def _codes(self, x: Wide, middle: np.ndarray, scale: np.ndarray, most: int) -> ir.Value:
+        """int32 (B, heads, S, d): round((x - middle) * scale), at most ``most`` in size."""
         centre = np.rint(self._shaped(middle) * 2.0**x.places).astype(np.int32)
         centred = self.emit.put("Sub", [x.value, self.emit.int32(centre)])
         bound = x.bound + int(np.abs(centre).max())
-        steps = self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -TOP, TOP)
-        return self.emit.cast(steps, I8)
+        return self.emit.requantize(centred, bound, self._shaped(scale) * 2.0**-x.places, -most, most)
+
+    def _value_codes(self, v: Wide, middle: np.ndarray, reach: np.ndarray) -> tuple[list[ir.Value], np.ndarray]:
+        """int8 codes of the values, with 16-bit weights their high and low bytes; and a high step (H, d)."""
+        emit = self.emit
+        if self.c.settings.probability_bits == 8 or self.c.keys > MOST_FINE_KEYS:
+            return [emit.cast(self._codes(v, middle, TOP / reach, TOP), I8)], reach / TOP
+        step = VALUE_HEADROOM * reach / TOP
+        both = self._codes(v, middle, BYTE / step, TOP * BYTE)
+        return emit.put_all("SplitBytes", [both], [I8, I8]), step
 
     def _split(self, x: ir.Value, kind: ir.DataType) -> ir.Value:
         """(B, H, S, n) -> (B, heads, groups, S, n)"""
@@ -145,6 +157,17 @@ class _Attention:
             steps = steps.reshape(shape[0], self.heads, self.groups, *shape[2:])
         return self.emit.int32(steps.astype(np.int32), "bias")
 
+    def _sloped(self, bias: masks.Slopes, unit: np.ndarray) -> ir.Value:
+        """Integers, at most as many as there are keys, times constants, in units of the scores."""
+        most = self.c.keys
+        factor = bias.factor.astype(np.float64) / unit[:, None, None]
+        if not np.abs(factor).max() * most < MOST_BIAS:
+            raise Refused("the bias of its scores is too large")
+        ends = [self.emit.constant(np.asarray(end, np.int64), "end") for end in (-most, most)]
+        floored = self.emit.put("Max", [bias.integers, ends[0]], ir.DataType.INT64)
+        inside = self.emit.cast(self.emit.put("Min", [floored, ends[1]], ir.DataType.INT64), I32)
+        return self.emit.requantize(inside, most, factor, -MOST_BIAS, MOST_BIAS)
+
     def _joined(self, x: ir.Value) -> ir.Value:
         """(B, heads, groups, S, d) -> (B, H, S, d)"""
         shape = self.emit.int64s(0, self.heads * self.groups, -1, self.widths[1])
@@ -167,11 +190,16 @@ class _Attention:
             found = self.emit.put_all("IntegerSoftmax16", inputs, [U8, U8, I32], lift=2**lift)
         return found[:-1], found[-1]
 
-    def _mean(self, sums: Sequence[ir.Value], total: ir.Value) -> tuple[ir.Value, int]:
-        """The sums over their weights' total, and its places."""
-        if len(sums) == 1:
+    def _mean(
+        self, weights: Sequence[ir.Value], values: Sequence[ir.Value], total: ir.Value
+    ) -> tuple[ir.Value, int]:
+        """The mean of the values in high steps, and its places: bytes times bytes, but for the low ones of both."""
+        sums = [self._product(part, values[0], 0) for part in weights]
+        if len(weights) == 1:
             return self.emit.put("NormalizeAttention", [*sums, total]), ATTENTION_FRACTION
-        free = LIMIT // (255 * TOP * self.c.keys)
+        if len(values) > 1:
+            sums[1] = self.emit.put("Add", [sums[1], self._product(weights[0], values[1], 0)])
+        free = LIMIT // (255 * (TOP if len(values) == 1 else TOP + MIDDLE) * self.c.keys)
         lift = max(0, free.bit_length() - 1)
         mixed = self.emit.put("NormalizeAttention16", [*sums, total], lift=2**lift)
         return mixed, ATTENTION16_FRACTION + lift

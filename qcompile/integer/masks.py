@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
@@ -13,6 +15,14 @@ from qcompile.integer.emit import Emitter
 FAR = -1e4  # a number below this takes a token out
 _VIEWS = ("Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Slice", "Concat")
 BOOL = ir.DataType.BOOL
+
+
+@dataclasses.dataclass(frozen=True)
+class Slopes:
+    """Numbers that a mask adds to the scores: ``integers`` (B, H, S, T) times ``factor``; both broadcast."""
+
+    integers: ir.Value
+    factor: np.ndarray
 
 
 class NoFlags(Exception):
@@ -49,14 +59,14 @@ def _flags(value: ir.Value, emit: Emitter) -> ir.Value:
     raise NoFlags(f"{node.op_type} is in the way to the mask's flags")
 
 
-def split(value: ir.Value, emit: Emitter) -> tuple[ir.Value, np.ndarray | None]:
-    """The flags of a mask, and a constant that it adds to the scores besides. Raises NoFlags."""
+def split(value: ir.Value, emit: Emitter) -> tuple[ir.Value, np.ndarray | Slopes | None]:
+    """The flags of a mask, and what it adds to the scores besides. Raises NoFlags."""
     array, rest = constant_array(value), None
     if array is None:
         node = value.producer()
         found = match.constant_operand(node) if is_op(node, "Add") else None  # type: ignore[arg-type]
         if found is None:
-            return flags_of(value, emit), None
+            return _sloped(node, emit) or (flags_of(value, emit), None)
         rest, array = found
     near = ~(array < FAR)
     if not np.isfinite(array[near]).all():
@@ -71,6 +81,38 @@ def split(value: ir.Value, emit: Emitter) -> tuple[ir.Value, np.ndarray | None]:
     both = emit.put("And", [others, flags], BOOL)
     both.shape = value.shape
     return both, bias
+
+
+def _sloped(node: ir.Node | None, emit: Emitter) -> tuple[ir.Value, Slopes] | None:
+    """The flags and slopes of a sum of both."""
+    if not is_op(node, "Add"):
+        return None
+    for slopes, flags in (node.inputs, node.inputs[::-1]):  # type: ignore[union-attr]
+        found = _slopes(slopes, emit)
+        if found is not None and flags is not None:
+            return flags_of(flags, emit), found
+    return None
+
+
+def _slopes(value: ir.Value | None, emit: Emitter) -> Slopes | None:
+    """``value`` as integers times constants, behind axes of one."""
+    node = match.producer(value, "Unsqueeze", "Mul")
+    if node is None or value is None or value.shape is None:
+        return None
+    if node.op_type == "Unsqueeze":
+        below, axes = _slopes(node.inputs[0], emit), constant_array(node.inputs[1])
+        if below is None or axes is None:
+            return None
+        wide = emit.put("Unsqueeze", [below.integers, node.inputs[1]], ir.DataType.INT64)
+        return Slopes(wide, np.expand_dims(below.factor, tuple(int(axis) for axis in axes)))
+    found = match.constant_operand(node)
+    cast = match.producer(found[0], "Cast") if found is not None else None
+    source = cast.inputs[0] if cast is not None else None
+    if found is None or source is None or source.dtype != ir.DataType.INT64 or not np.isfinite(found[1]).all():
+        return None
+    if source.shape is None or len(source.shape) != len(value.shape) or found[1].ndim > len(value.shape):
+        return None
+    return Slopes(source, found[1].reshape((1,) * (len(value.shape) - found[1].ndim) + found[1].shape))
 
 
 def _chosen(node: ir.Node, emit: Emitter) -> ir.Value:

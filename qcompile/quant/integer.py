@@ -88,14 +88,16 @@ def requantize(x: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, low: int
 
 
 def rescale(
-    x: ArrayLike, before: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, after: ArrayLike, lift: int,
+    x: ArrayLike, before: ArrayLike, lift: ArrayLike, multiplier: ArrayLike, divisor: ArrayLike, after: ArrayLike,
     inside: tuple[int, int], between: tuple[int, int], outside: tuple[int, int],
 ) -> Array:  # fmt: skip
     """``requantize`` of (x + before) * lift, and what is added and clipped around it, in one operator.
 
-    inside, between and outside are the ends of x + before, of what ``requantize`` gives and of that + after.
+    ``lift``, powers of two up to 2^30, saturates below 2^30. inside, between and outside are the ends of x + before,
+    of what ``requantize`` gives and of that + after.
     """
-    begun = np.clip(_int64(x) + _int64(before), *inside) * lift
+    most = (2**30 - 1) // _int64(lift)
+    begun = np.clip(np.clip(_int64(x) + _int64(before), *inside), -most, most) * _int64(lift)
     return _int32(np.clip(requantize(begun, multiplier, divisor, *between) + _int64(after), *outside))
 
 
@@ -107,6 +109,13 @@ def multiply_wide(a: ArrayLike, b: ArrayLike, narrow: int, divisor: int, low: in
     """
     short = np.clip((_int64(b) + narrow // 2) // narrow, -(2**15 - 1), 2**15 - 1)
     return requantize(a, short, divisor, low, high)
+
+
+def split_bytes(x: ArrayLike) -> tuple[Array, Array]:
+    """``(high, low)`` int8 with x = 256 * high + low, for |x| <= 127 * 256; low is in -128..127."""
+    x = _int64(x)
+    high = np.clip((x + 2**7) // 2**8, -127, 127)
+    return high.astype(np.int8), np.clip(x - high * 2**8, -128, 127).astype(np.int8)
 
 
 def quantize_per_token(x: ArrayLike, bits: int, symmetric: bool) -> tuple[Array, Array, Array, Array]:

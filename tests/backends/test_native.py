@@ -174,11 +174,19 @@ def test_the_target_is_named_with_its_options() -> None:
 # --------------------------------------------------------------------------- chains
 
 VECTOR = np.arange(8, dtype=np.int32)
+LIFTS = (2**VECTOR * 2**16).astype(np.int32)
 CHAINS = {
     # before, clip, lift, after, clip, cast: all in one
     "a = Add (x, v) b = Max (a, low) c = Min (b, high) d = Mul (c, two) e = R (d, m, s) f = Add (e, two) "
     "g = Cast <to = 2> (f) y = Cast <to = 6> (g)": ["RescaleToUint8", "Cast"],
     "a = Sub (x, v) e = R (a, m, s) y = Cast <to = 6> (e)": ["Rescale"],
+    # each column lifted by its own, and clipped where that needs it; an end beyond is another clip
+    "a = Max (x, low) b = Min (a, high) c = Max (b, lows) d = Min (c, highs) e = Mul (d, lifts) y = R (e, m, s)": [
+        "Rescale"
+    ],
+    "a = Add (x, v) b = Mul (a, few) y = R (b, m, s)": ["Rescale"],
+    "a = Max (x, lows) b = Min (a, v) c = Mul (b, lifts) y = R (c, m, s)": ["Max", "Min", "Rescale"],
+    "a = Mul (x, v) y = R (a, m, s)": ["Mul", "Rescale"],
     "e = R (x, m, s) f = Add (x, e) g = Max (f, low) y = Min (g, high)": ["Rescale"],
     # two readers: what lies between stays
     "a = Add (x, v) e = R (a, m, s) y = Sub (e, a)": ["Add", "Rescale", "Sub"],
@@ -190,6 +198,42 @@ CHAINS = {
 }
 
 
+TURNS = {
+    "a = Transpose <perm = [0, 2, 1, 3]> (x) b = Add (a, v) y = R (b, m, s)": ["RescaleTurned"],
+    "a = R (x, m, s) b = Add (a, v) c = Cast <to = 2> (b) d = Transpose <perm = [0, 2, 1, 3]> (c) y = Cast <to = 6> (d)"
+    : ["RescaleToUint8Turned", "Cast"],
+    "a = Transpose <perm = [0, 2, 1, 3]> (x) b = Add (a, w) c = R (b, m, s) y = Transpose <perm = [0, 2, 1, 3]> (c)": [
+        "Rescale"
+    ],
+    # turned otherwise, or with an operand that is not known
+    "a = Transpose <perm = [0, 3, 1, 2]> (x) y = R (a, m, s)": ["Transpose", "Rescale"],
+    "b = R (x, m, s) c = Add (b, x) y = Transpose <perm = [0, 2, 1, 3]> (c)": ["Rescale", "Transpose"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TURNS)
+def test_a_turn_of_heads_and_tokens_is_taken_in(text: str, tmp_path: Path) -> None:
+    needs_compiler()
+    build.write_library(tmp_path)
+    body = text.replace("R (", "qcompile.RequantizeSigned <low = -100, high = 100> (")
+    draw = np.random.default_rng(0).integers
+    constants = {"v": draw(0, 99, (1, 3, 1, 8)), "w": draw(0, 99, (5, 1)), "m": draw(-999, 999, (1, 3, 1, 8))}
+    if any(part in text for part in ("perm = [0, 3, 1, 2]", "(a, w)", "(b, x)")):
+        constants["m"] = np.asarray(999)
+    if text.startswith("a = R"):
+        constants |= {name: constants[name].transpose(0, 2, 1, 3) for name in ("v", "m")}
+    held = {name: array.astype(np.int32) for name, array in constants.items()} | {"s": np.asarray(2, np.int32)}
+    model = graph(f"g (int32[b, 5, 3, 8] x) => (int32[b, n, k, l] y) {{ {body} }}", **held)
+    x = draw(-1000, 1000, (2, 5, 3, 8)).astype(np.int32)
+    before = open_session(ir.to_proto(model).SerializeToString(), threads=1).run(None, {"x": x})
+    with Workspace() as workspace:
+        chains.rewrite(model, workspace)
+        made = ir.to_proto(model).SerializeToString()
+    assert [node.op_type for node in model.graph] == TURNS[text]
+    for library in (None, tmp_path / LIBRARY):
+        np.testing.assert_array_equal(open_session(made, threads=1, library=library).run(None, {"x": x})[0], before[0])
+
+
 @pytest.mark.parametrize("text", CHAINS)
 def test_chains(text: str) -> None:
     body = text.replace("R (", "qcompile.Requantize <low = -100, high = 100> (")
@@ -198,6 +242,10 @@ def test_chains(text: str) -> None:
         "two": np.asarray(2, np.int32),
         "low": np.asarray(-300, np.int32),
         "high": np.asarray(300, np.int32),
+        "lifts": LIFTS,
+        "few": LIFTS // 2**16,
+        "lows": -((2**30 - 1) // LIFTS),
+        "highs": (2**30 - 1) // LIFTS,
     }
     constants |= {"m": np.asarray(2**14, np.int32), "s": np.asarray(2, np.int32)}
     model = graph(f"g (int32[t, 8] x) => (int32[t, 8] y) {{ {body} }}", **constants)

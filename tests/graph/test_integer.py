@@ -25,7 +25,7 @@ from qcompile.graph.integer.parts import LAST, wide_constants
 from qcompile.quant import integer
 
 Array = np.ndarray
-_RESULTS = {"RescaleToUint8": ir.DataType.UINT8, "RescaleToInt8": ir.DataType.INT8}
+_RESULTS = {"RescaleToUint8": ir.DataType.UINT8, **dict.fromkeys(("RescaleToInt8", "SplitBytes"), ir.DataType.INT8)}
 SHAPES = ((1, 1), (3, 1, 64), (2, 5, 33), (1, 768), (2, 2, 7, 40))
 INT64_BY_ELEMENT = {"IntegerRMSNorm", "IntegerLayerNorm"}  # their sums
 GROUND: dict[str, Path | None] = {"library": None}
@@ -68,13 +68,14 @@ def program(
         "QuantizePerTokenInteger": 4,
         "QuantizePerTokenIntegerSymmetric": 4,
         "IntegerSoftmax": 2,
+        "SplitBytes": 2,
         "IntegerSoftmax16": 3,
     }
     held = [ir.AttrInt64(key, value) for key, value in attributes]
     node = ir.Node(DOMAIN, name, ends, held, num_outputs=count.get(name, 1))
     for i, value in enumerate(node.outputs):
-        codes = count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
-        kind = ir.DataType.UINT8 if codes else _RESULTS.get(name, ir.DataType.INT32)
+        codes = name not in _RESULTS and count.get(name, 1) > 1 and i < (2 if name == "IntegerSoftmax16" else 1)
+        kind = ir.DataType.UINT8 if codes else _RESULTS.get(name.removesuffix("Turned"), ir.DataType.INT32)
         value.name, value.type = f"y{i}", ir.TensorType(kind)
     model = ir.Model(ir.Graph(ends, node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
     use(model, name)
@@ -154,22 +155,33 @@ def test_rescale(shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(len(shape))
     ways = [(), shape[-1:], (*shape[:-1], 1), shape, tuple(n if i % 2 else 1 for i, n in enumerate(shape))]
     for number in range(12):
-        sizes = [ways[generator.integers(0, len(ways))] for _ in range(4)]
+        sizes = [ways[generator.integers(0, len(ways))] for _ in range(5)]
         x = wide(shape if number % 3 else (1, *shape[1:]), 2**29 - 1, seed=number)
         before, after = (generator.integers(-(2**20), 2**20, s).astype(np.int32) for s in (sizes[0], sizes[3]))
         m = generator.integers(-(2**15) + 1, 2**15, sizes[1]).astype(np.int32)
         d = (2 ** generator.integers(0, 30, sizes[2])).astype(np.int32)
-        lift = 2 ** int(generator.integers(0, 4))
-        inside = (-((2**30 - 1) // lift), (2**30 - 1) // lift) if number % 2 else (-(2**12), 2**11)
+        lift = (2 ** generator.integers(0, 4, sizes[4])).astype(np.int32)
+        inside = (-(2**30), 2**30) if number % 2 else (-(2**12), 2**11)
         for name, kind, outside in (
             ("Rescale", np.int32, (-(2**31), 2**31 - 1)), ("Rescale", np.int32, (-1000, 2**28)),
             ("RescaleToUint8", np.uint8, (0, 255)), ("RescaleToInt8", np.int8, (-127, 127)),
         ):  # fmt: skip
             between = (-(2**28), 2**28) if number % 4 else (-5, 100)
-            expected = integer.rescale(x, before, m, d, after, lift, inside, between, outside)
-            ends = dict(zip(("floor", "ceiling"), inside, strict=True)) | {"lift": lift}
-            ends |= dict(zip(("low", "high", "least", "most"), (*between, *outside), strict=True))
-            equal(computed(name, x, before, m, d, after, **ends), [expected.astype(kind)])
+            expected = integer.rescale(x, before, lift, m, d, after, inside, between, outside)
+            names = ("floor", "ceiling", "low", "high", "least", "most")
+            ends = dict(zip(names, (*inside, *between, *outside), strict=True))
+            equal(computed(name, x, before, lift, m, d, after, **ends), [expected.astype(kind)])
+            if x.ndim == 4:
+                turned = np.ascontiguousarray(x.transpose(0, 2, 1, 3))
+                found = computed(f"{name}Turned", turned, before, lift, m, d, after, **ends)
+                equal(found, [expected.astype(kind)])
+
+
+def test_split_bytes() -> None:
+    x = np.arange(-127 * 256, 127 * 256 + 1, dtype=np.int32).reshape(1, -1)
+    high, low = integer.split_bytes(x)
+    np.testing.assert_array_equal(high.astype(np.int32) * 256 + low, x)
+    equal(computed("SplitBytes", x), [high, low])
 
 
 @pytest.mark.parametrize("bits", (2, 4, 6, 8))

@@ -46,6 +46,37 @@ def test_close_to_floats(heads: int, mask: str, bits: int) -> None:
     assert done.error(feeds) <= 2.0 / 127 + 0.03  # a code of the values, and of the scores
 
 
+@pytest.mark.parametrize(("positions", "least", "most"), ((64, 0, 0.02), (2**15, 0.3, 4)))
+def test_values_have_room_beyond_calibration(positions: int, least: float, most: float) -> None:
+    """Longer texts leave no room in 32 bits for values of 16 bits: there they saturate."""
+    feeds = case()
+    done = attended(feeds, "zero", settings=Settings(positions))
+    ends = [end(feeds["v"], axis=(0, 2), keepdims=True) for end in (np.min, np.max)]
+    wider = {**feeds, "v": feeds["v"] + 0.9 * (feeds["v"] - (ends[0] + ends[1]) / 2)}
+    assert not done.skips
+    assert least < done.error(wider) < most
+
+
+@pytest.mark.parametrize("heads", (4, 2))
+def test_slopes_of_positions(heads: int) -> None:
+    """The bias of ALiBi: what each head adds for each key grows with its position."""
+    slopes = 2.0 ** -np.arange(1, HEADS + 1)[:, None]
+    ids = "i = Shape (m) n = Slice (i, two, three) z = Constant <value_ints = [0]> () s = Squeeze (n, z) "
+    ids += "o = Constant <value_int = 1> () p = Constant <value_int = 0> () t = Range (p, s, o) "
+    ids += "u = Constant <value_ints = [0, 1]> () w = Unsqueeze (t, u) "
+    sum_ = "f = Cast <to = 1> (w) g = Mul (slopes, f) x = Constant <value_ints = [2]> () h = Unsqueeze (g, x) "
+    constants = {"slopes": slopes, "two": np.array([2]), "three": np.array([3])}
+    feeds = case(heads)
+    done = attended(feeds, f"{ids}{sum_} b = Where (m, nought, far) c = Add (h, b) c", constants)
+    if heads < HEADS:
+        assert any("depends on positions" in skip.reason for skip in done.skips)
+        return
+    assert not done.skips and not done.inside()
+    assert done.error(feeds) <= 0.03
+    flat = attended(feeds, "b = Where (m, nought, far) b")
+    assert np.abs(flat.run(feeds)[1][0] - done.run(feeds)[1][0]).max() > 0.1  # the slopes count
+
+
 @pytest.mark.parametrize("heads", (4, 2))
 def test_a_constant_bias_of_each_head(heads: int) -> None:
     feeds = case(heads)

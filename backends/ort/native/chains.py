@@ -1,7 +1,8 @@
 """Runs of elementwise integer operators around a Requantize become one operator that a kernel computes in one go.
 
-    [Add | Sub constant]  [Max, Min]  [Mul constant]  Requantize  [Add]  [Max, Min]  [Cast]   ->   Rescale
+    [Add | Sub constant]  [Max, Min]  [Max, Min, Mul constant]  Requantize  [Add]  [Max, Min]  [Cast]   ->   Rescale
 
+A Transpose of heads and tokens in front of a run, or behind one whose other operands are constant, is taken in as well.
 What lies between is read by nothing else, so that nothing but the number of passes over memory changes.
 """
 
@@ -18,8 +19,9 @@ from qcompile.graph.functions import DOMAIN, use
 from qcompile.graph.workspace import Workspace
 
 _NAMES = {ir.DataType.INT32: "Rescale", ir.DataType.UINT8: "RescaleToUint8", ir.DataType.INT8: "RescaleToInt8"}
-_LIFTS = {2**i for i in range(31)}
-_REACH = 2**30 - 1  # of what Requantize takes: ends that clip nothing
+_REACH = 2**30 - 1  # of what Requantize takes
+_TURN = (0, 2, 1, 3)  # heads and tokens
+_ENDLESS = {"floor": -(2**31), "ceiling": 2**31 - 1}
 
 
 @dataclasses.dataclass
@@ -29,26 +31,33 @@ class _Chain:
     nodes: list[ir.Node]
     x: ir.Value
     before: ir.Value | np.ndarray
+    lift: np.ndarray
+    scale: tuple[ir.Value | np.ndarray, ir.Value | np.ndarray]
     after: ir.Value | np.ndarray
     ends: dict[str, int]
     kind: ir.DataType = ir.DataType.INT32
+    turned: bool = False
 
 
 def rewrite(model: ir.Model, workspace: Workspace) -> int:
     """Bring every Requantize of the main graph, with what stands around it, to one Rescale; returns how many."""
-    zero = np.zeros((), np.int32)
+    zero, one = np.zeros((), np.int32), np.ones((), np.int32)
     held: dict[int, ir.Value] = {}  # constants of which equal ones are shared, by their only element
     count = 0
     with naming(model):
         for node in match.nodes(model.graph, "Requantize", "RequantizeSigned"):
-            value = node.inputs[0]
-            assert value is not None
+            value, multiplier, divisor = node.inputs
+            assert value is not None and multiplier is not None and divisor is not None
             low, high = (match.int_attribute(node, key, 0) for key in ("low", "high"))
-            ends = {"floor": -_REACH, "ceiling": _REACH, "lift": 1, "low": low, "high": high}
-            chain = _Chain([node], value, zero, zero, ends)
+            chain = _Chain([node], value, zero, one, (multiplier, divisor), zero, _ENDLESS | {"low": low, "high": high})
             _grow_up(chain)
+            turn = _maker(chain.x, "Transpose")
+            if turn is not None and _is_turn(turn):
+                chain.turned = True
+                _take_above(chain, turn, turn.inputs[0])
             _grow_down(chain)
-            _replace(model, node, chain, workspace, held)
+            _turn_below(chain)
+            _replace(model, chain, workspace, held)
             count += 1
     return count
 
@@ -56,20 +65,24 @@ def rewrite(model: ir.Model, workspace: Workspace) -> int:
 def _grow_up(chain: _Chain) -> None:
     """Take in what makes the operand of the Requantize."""
     node = _maker(chain.x, "Mul")
-    if node is not None and (found := _number(node)) is not None and found[1] in _LIFTS:
-        chain.ends["lift"] = found[1]
+    found = match.constant_operand(node) if node is not None else None
+    if node is not None and found is not None and _is_lift(found[1]):
+        chain.lift = found[1]
         _take_above(chain, node, found[0])
-    pair = _clip_above(chain.x)
-    if pair is not None:
+    while (pair := _clip_above(chain.x)) is not None:
         (upper, ceiling), (lower, floor), x = pair
-        chain.ends |= {"floor": floor, "ceiling": ceiling}
+        most = _REACH // chain.lift
+        if not (np.array_equal(ceiling, most) and np.array_equal(floor, -most)):  # Rescale saturates there by itself
+            if ceiling.size > 1 or floor.size > 1 or chain.ends["ceiling"] != _ENDLESS["ceiling"]:
+                return
+            chain.ends |= {"floor": int(floor.reshape(-1)[0]), "ceiling": int(ceiling.reshape(-1)[0])}
         _take_above(chain, upper, chain.x)
         _take_above(chain, lower, x)
     node = _maker(chain.x, "Add", "Sub")
-    found_constant = match.constant_operand(node) if node is not None else None
-    if node is None or found_constant is None or (node.op_type == "Sub" and found_constant[0] is not node.inputs[0]):
+    found = match.constant_operand(node) if node is not None else None
+    if node is None or found is None or (node.op_type == "Sub" and found[0] is not node.inputs[0]):
         return
-    other, array = found_constant
+    other, array = found
     chain.before = _negative(array) if node.op_type == "Sub" else _constant_value(node, other)
     _take_above(chain, node, other)
 
@@ -94,6 +107,37 @@ def _grow_down(chain: _Chain) -> None:
     if cast is not None and kind in _NAMES:
         chain.kind = kind
         chain.nodes.append(cast)
+
+
+def _turn_below(chain: _Chain) -> None:
+    """Turn the operands instead of the result."""
+    turn = match.only_consumer(chain.nodes[-1].outputs[0], "Transpose")
+    if turn is None or not _is_turn(turn):
+        return
+    multiplier, divisor = chain.scale
+    held = [
+        constant_array(v) if isinstance(v, ir.Value) else v
+        for v in (chain.before, chain.lift, multiplier, divisor, chain.after)
+    ]
+    if any(array is None or array.ndim > len(_TURN) for array in held):
+        return
+    found = [_turned(array) for array in held if array is not None]
+    chain.before, chain.lift, chain.after = found[0], found[1], found[4]
+    chain.scale = found[2], found[3]
+    chain.turned = not chain.turned
+    chain.nodes.append(turn)
+
+
+def _is_turn(node: ir.Node) -> bool:
+    return tuple(node.attributes["perm"].as_ints() if "perm" in node.attributes else ()) == _TURN
+
+
+def _turned(array: np.ndarray) -> np.ndarray:
+    """An operand of what is turned."""
+    if array.ndim < len(_TURN) - 2:  # one number, or one for each of the last axis
+        return array
+    whole = array.reshape((1,) * (len(_TURN) - array.ndim) + array.shape)
+    return np.ascontiguousarray(whole.transpose(_TURN))
 
 
 def _ends_of_sum(chain: _Chain) -> dict[str, int]:
@@ -121,12 +165,19 @@ def _number(node: ir.Node) -> tuple[ir.Value, int] | None:
     return (found[0], int(found[1].reshape(-1)[0])) if found is not None and found[1].size == 1 else None
 
 
-def _clip_above(value: ir.Value) -> tuple[tuple[ir.Node, int], tuple[ir.Node, int], ir.Value] | None:
-    """Min and Max that make ``value``, each with its end, and what they clip."""
+def _is_lift(array: np.ndarray) -> bool:
+    return array.dtype == np.int32 and bool(((array > 0) & (array & (array - 1) == 0)).all())
+
+
+_End = tuple[ir.Node, np.ndarray]
+
+
+def _clip_above(value: ir.Value) -> tuple[_End, _End, ir.Value] | None:
+    """Min and Max that make ``value``, each with its constant, and what they clip."""
     upper = _maker(value, "Min")
-    ceiling = _number(upper) if upper is not None else None
+    ceiling = match.constant_operand(upper) if upper is not None else None
     lower = _maker(ceiling[0], "Max") if ceiling is not None else None
-    floor = _number(lower) if lower is not None else None
+    floor = match.constant_operand(lower) if lower is not None else None
     if upper is None or lower is None or ceiling is None or floor is None:
         return None
     return (upper, ceiling[1]), (lower, floor[1]), floor[0]
@@ -142,7 +193,7 @@ def _negative(array: np.ndarray) -> np.ndarray:
     return np.asarray(-array.astype(np.int64)).astype(np.int32)
 
 
-def _replace(model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]) -> None:
+def _replace(model: ir.Model, chain: _Chain, workspace: Workspace, held: dict[int, ir.Value]) -> None:
     def operand(value: ir.Value | np.ndarray) -> ir.Value:
         if isinstance(value, ir.Value):
             return value
@@ -153,9 +204,9 @@ def _replace(model: ir.Model, node: ir.Node, chain: _Chain, workspace: Workspace
             held[number] = new_initializer(model, "c", np.asarray(number, np.int32), workspace)
         return held[number]
 
-    inputs = [chain.x, operand(chain.before), *node.inputs[1:], operand(chain.after)]
+    inputs = [chain.x, *map(operand, (chain.before, chain.lift, *chain.scale, chain.after))]
     attributes = {key: ir.AttrInt64(key, value) for key, value in chain.ends.items()}
-    name = _NAMES[chain.kind]
+    name = _NAMES[chain.kind] + ("Turned" if chain.turned else "")
     use(model, name)
     new = match.new_node(DOMAIN, name, inputs, attributes, chain.nodes)
     match.put_instead(chain.nodes[-1], new)

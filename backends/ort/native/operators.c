@@ -84,16 +84,21 @@ static OrtStatus *compute(void *made, void *context) {
               always, always, in_memory, {no_variadic, no_variadic, no_variadic, no_variadic}, create, compute, NULL, \
               first_version, last_version, {NULL, NULL, NULL, NULL}}
 #define I32 TYPE_INT32
-#define GRID {"floor", "ceiling", "lift", "low", "high", "least", "most"}
+#define GRID {"floor", "ceiling", "low", "high", "least", "most"}
+#define SIX {I32, I32, I32, I32, I32, I32}
 
 static const Operator OPERATORS[] = {
-    {FACE, "Rescale", rescale, {I32, I32, I32, I32, I32}, {I32}, GRID},
-    {FACE, "RescaleToUint8", rescale_to_uint8, {I32, I32, I32, I32, I32}, {TYPE_UINT8}, GRID},
-    {FACE, "RescaleToInt8", rescale_to_int8, {I32, I32, I32, I32, I32}, {TYPE_INT8}, GRID},
+    {FACE, "Rescale", rescale, SIX, {I32}, GRID},
+    {FACE, "RescaleTurned", rescale_turned, SIX, {I32}, GRID},
+    {FACE, "RescaleToUint8", rescale_to_uint8, SIX, {TYPE_UINT8}, GRID},
+    {FACE, "RescaleToUint8Turned", rescale_to_uint8_turned, SIX, {TYPE_UINT8}, GRID},
+    {FACE, "RescaleToInt8", rescale_to_int8, SIX, {TYPE_INT8}, GRID},
+    {FACE, "RescaleToInt8Turned", rescale_to_int8_turned, SIX, {TYPE_INT8}, GRID},
     {FACE, "Requantize", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "RequantizeSigned", requantize, {I32, I32, I32}, {I32}, {"low", "high"}},
     {FACE, "MultiplyWide", multiply_wide, {I32, I32}, {I32}, {"narrow", "divisor", "low", "high"}},
     {FACE, "IntegerRelu2", relu_squared, {I32}, {I32}, {"narrow", "divisor", "high"}},
+    {FACE, "SplitBytes", split_bytes, {I32}, {TYPE_INT8, TYPE_INT8}, {NULL}},
     {FACE, "IntegerSoftmax", softmax8, {I32, TYPE_BOOL, I32}, {TYPE_UINT8, I32}, {"lift"}},
     {FACE, "IntegerSoftmax16", softmax16, {I32, TYPE_BOOL, I32}, {TYPE_UINT8, TYPE_UINT8, I32}, {"lift"}},
     {FACE, "NormalizeAttention", normalize_attention, {I32, I32}, {I32}, {NULL}},

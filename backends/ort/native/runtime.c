@@ -25,7 +25,7 @@ static OrtStatus *failure(const char *text) { return CALL(AT_CREATE_STATUS, (int
 
 /* --------------------------------------------------------------------------- tensors */
 
-enum { MOST_DIMS = 8, MOST_OPERANDS = 5, MOST_SETTINGS = 8 };
+enum { MOST_DIMS = 8, MOST_OPERANDS = 6, MOST_SETTINGS = 8 };
 
 typedef struct { void *data; int64_t dims[MOST_DIMS]; int rank; int64_t count; } Tensor;
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompile.graph.integer.parts import LAST, POWERS, attribute, constants, held, reached, wide_constants
+from qcompile.graph.integer.parts import LAST, POWERS, attribute, constants, held, reached, rounded, wide_constants
 
 # x int32; multiplier >= 0 and divisor int32 scalars, per column or (..., 1) -> int32: ``requantize``
 _REQUANTIZE = f"""Requantize <low, high> (x, multiplier, divisor) => (y) {{
@@ -17,13 +17,7 @@ _REQUANTIZE = f"""Requantize <low, high> (x, multiplier, divisor) => (y) {{
         carried = Div (b, part)
         product = Add (a, carried)
         lifted = Mul (multiplier, share)
-        half = Div (divisor, two)
-        less = Sub (half, lifted)
-        offset = Add (less, most)
-        moved = Add (product, offset)
-        quotient = Div (moved, divisor)
-        start = Div (most, divisor)
-        rounded = Sub (quotient, start){held("y", "rounded", "low", "high")}
+        {rounded("nearest", "product", "divisor", "most", less="lifted")}{held("y", "nearest", "low", "high")}
     }}"""
 
 # the same for multipliers of either sign
@@ -37,12 +31,7 @@ _REQUANTIZE_SIGNED = """RequantizeSigned <low, high> (x, multiplier, divisor) =>
 # a, b int32 -> int32: ``multiply_wide``
 _MULTIPLY_WIDE = f"""MultiplyWide <narrow, divisor, low, high> (a, b) => (y) {{
         {attribute("narrow", "divisor")}{constants(two=2, lift=2**29, least=-(2**15) + 1, most=2**15 - 1)}
-        half = Div (narrow, two)
-        offset = Add (half, lift)
-        moved = Add (b, offset)
-        steps = Div (moved, narrow)
-        start = Div (lift, narrow)
-        rounded = Sub (steps, start){held("short", "rounded", "least", "most")}
+        {rounded("nearest", "b", "narrow", "lift")}{held("short", "nearest", "least", "most")}
         y = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (a, short, divisor)
     }}"""
 
@@ -53,6 +42,17 @@ _RELU2 = f"""IntegerRelu2 <narrow, divisor, high> (x) => (y) {{
         y = qcompile.MultiplyWide <narrow: int = @narrow, divisor: int = @divisor, low = 0, high: int = @high> (
             positive, positive
         )
+    }}"""
+
+
+# x int32 -> int8, int8: ``split_bytes``
+_SPLIT = f"""SplitBytes (x) => (high, low) {{
+        {constants(two=2, byte=2**8, lift=2**29, least=-127, most=127, lowest=-128)}
+        {rounded("nearest", "x", "byte", "lift")}{held("whole", "nearest", "least", "most")}
+        taken = Mul (whole, byte)
+        remainder = Sub (x, taken){held("rest", "remainder", "lowest", "most")}
+        high = Cast <to = 3> (whole)
+        low = Cast <to = 3> (rest)
     }}"""
 
 
@@ -128,26 +128,36 @@ def _quantize(symmetric: bool) -> str:
     }}"""
 
 
-def _rescale(name: str, cast: str) -> str:
-    """x, before, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``."""
-    return f"""{name} <floor, ceiling, lift, low, high, least, most> (x, before, multiplier, divisor, after) => (y) {{
-        {attribute("floor", "ceiling", "lift", "least", "most")}
-        begun = Add (x, before){held("kept", "begun", "floor", "ceiling")}
-        lifted = Mul (kept, lift)
+def _rescale(name: str, cast: str, turned: bool) -> str:
+    """x, before, lift, multiplier, divisor, after int32 that broadcast -> int32, uint8 or int8: ``rescale``.
+
+    ``turned``: of x (B, n, m, d) as (B, m, n, d).
+    """
+    first = "Transpose <perm = [0, 2, 1, 3]> (x)" if turned else "Identity (x)"
+    return f"""{name}{"Turned" if turned else ""} <floor, ceiling, low, high, least, most> (
+        x, before, lift, multiplier, divisor, after
+    ) => (y) {{
+        {attribute("floor", "ceiling", "least", "most")}{constants(reach=2**30 - 1)}
+        given = {first}
+        begun = Add (given, before){held("kept", "begun", "floor", "ceiling")}
+        top = Div (reach, lift)
+        bottom = Neg (top){held("inside", "kept", "bottom", "top")}
+        lifted = Mul (inside, lift)
         scaled = qcompile.RequantizeSigned <low: int = @low, high: int = @high> (lifted, multiplier, divisor)
         ended = Add (scaled, after){held("result", "ended", "least", "most")}
         y = {cast} (result)
     }}"""
 
 
+_CASTS = {"Rescale": "Identity", "RescaleToUint8": "Cast <to = 2>", "RescaleToInt8": "Cast <to = 3>"}
+
 BODIES = (
     _REQUANTIZE,
     _REQUANTIZE_SIGNED,
     _MULTIPLY_WIDE,
     _RELU2,
+    _SPLIT,
     _quantize(symmetric=False),
     _quantize(symmetric=True),
-    _rescale("Rescale", "Identity"),
-    _rescale("RescaleToUint8", "Cast <to = 2>"),
-    _rescale("RescaleToInt8", "Cast <to = 3>"),
+    *(_rescale(name, cast, turned) for name, cast in _CASTS.items() for turned in (False, True)),
 )

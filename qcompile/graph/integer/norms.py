@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompile.graph.integer.parts import LAST, POWERS, constants, held, numbers, reached, wide_constants
+from qcompile.graph.integer.parts import LAST, POWERS, constants, held, numbers, reached, rounded, wide_constants
 
 
 def newton_root() -> str:
@@ -49,12 +49,7 @@ _RMS_NORM = f"""IntegerRMSNorm <epsilon> (x) => (y) {{
         negated = Neg (bottom)
         size = Max (top, negated){reached("shift", "size", 14, 29)}
         p = Gather (powers, shift)
-        half = Div (p, two)
-        offset = Add (half, lift)
-        moved = Add (x, offset)
-        steps = Div (moved, p)
-        start = Div (lift, p)
-        rounded = Sub (steps, start){held("short", "rounded", "least", "most")}
+        {rounded("steps", "x", "p", "lift")}{held("short", "steps", "least", "most")}
         square = Mul (short, short)
         square64 = Cast <to = 7> (square)
         sum = ReduceSum <keepdims = 1> (square64, last)
@@ -82,28 +77,19 @@ _RMS_NORM = f"""IntegerRMSNorm <epsilon> (x) => (y) {{
         a = Mul (short, multiplier)
         b = Mul (rest, multiplier)
         carried = Div (b, p)
-        half_power = Div (power, two)
-        rounding = Add (half_power, lift)
-        begun = Add (a, rounding)
-        scaled = Add (begun, carried)
-        quotient = Div (scaled, power)
-        zero_point = Div (lift, power)
-        normal = Sub (quotient, zero_point){held("y", "normal", "low", "high")}
+        scaled = Add (a, carried)
+        {rounded("normal", "scaled", "power", "lift")}{held("y", "normal", "low", "high")}
     }}"""
 
 # x (..., C) int32 -> int32: ``layer_norm``
 _LAYER_NORM = f"""IntegerLayerNorm <epsilon> (x) => (y) {{{LAST}
-        {wide_constants(one64=1, two64=2, lift=2**28, low=-(2**28), high=2**28)}
+        {wide_constants(one64=1, two=2, lift=2**28, low=-(2**28), high=2**28)}
         x64 = Cast <to = 7> (x)
         sum = ReduceSum <keepdims = 1> (x64, last)
         channels = Shape <start = -1> (x)
         n = Max (channels, one64)
         lifts = Mul (n, lift)
-        half = Div (n, two64)
-        offset = Add (lifts, half)
-        moved = Add (sum, offset)
-        quotient = Div (moved, n)
-        rounded = Sub (quotient, lift){held("mean64", "rounded", "low", "high")}
+        {rounded("average", "sum", "n", "lifts")}{held("mean64", "average", "low", "high")}
         mean = Cast <to = 6> (mean64)
         centred = Sub (x, mean)
         y = qcompile.IntegerRMSNorm <epsilon: int = @epsilon> (centred)

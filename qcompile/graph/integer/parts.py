@@ -47,6 +47,20 @@ def held(out: str, value: str, low: str, high: str) -> str:
         {out} = Min (floored_{out}, {high})"""
 
 
+def rounded(out: str, value: str, divisor: str, lift: str, less: str = "") -> str:
+    """``value`` [less a vector] over ``divisor``, rounded half up: ``lift``, a multiple of it, makes Div round down."""
+    halves = f"half_{out}"
+    subtracted = f"""
+        left_{out} = Sub ({halves}, {less})"""
+    return f"""
+        {halves} = Div ({divisor}, two){subtracted if less else ""}
+        offset_{out} = Add ({f"left_{out}" if less else halves}, {lift})
+        moved_{out} = Add ({value}, offset_{out})
+        quotient_{out} = Div (moved_{out}, {divisor})
+        start_{out} = Div ({lift}, {divisor})
+        {out} = Sub (quotient_{out}, start_{out})"""
+
+
 def looked_up(out: str, table: str, index: str, like: str) -> str:
     """``table[index]`` in the shape of ``like``; the index is flattened, because GatherElements is fast on one axis."""
     return f"""
