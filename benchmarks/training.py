@@ -16,16 +16,13 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of, read_corpus
+from qcompile.models.small_lm import PACKAGE, Corpus, SmallLm, optimizer_of, packaged_text, read_corpus
 
-if TYPE_CHECKING:
-    pass
-
-BITS, WARMUP, DECAY, CLIP_NORM = 4, 40, 0.1, 1.0
+BITS, WARMUP, COOLED, DECAY, CLIP_NORM = 4, 40, 0.2, 0.0, 1.0
 WATCHED_ROWS = 8  # windows that the history looks at
 
 
@@ -104,7 +101,8 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule()
         ids = torch.from_numpy(self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions))
-        loss = self.model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.given.bfloat16):
+            loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
@@ -113,11 +111,10 @@ class Run:
         return float(loss.detach())
 
     def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a tenth over --steps."""
-        if self.step < WARMUP:
-            return (self.step + 1) / WARMUP
-        done = min(1.0, (self.step - WARMUP) / max(1, self.given.steps - WARMUP))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        """Linear warm-up, then one rate, and in the last fifth of --steps a line down to a tenth: a run can be made
+        longer or shorter until the fifth begins, and is what it had been with those --steps from the start."""
+        left = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
+        return min(1.0, (self.step + 1) / WARMUP, 0.1 + 0.9 * left)
 
 
 def load(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:
@@ -149,18 +146,19 @@ def worst(run: Run) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="English text, or its gzip")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"English text, or its gzip; without it {PACKAGE}")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="checkpoints and tokens; a run goes on")
     parser.add_argument("--out", type=Path, metavar="NAME", help="NAME.json and NAME.md")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--every", type=int, default=50, help="steps between turns, figures and checkpoints")
     parser.add_argument("--rows", type=int, default=4, help="windows of 128 tokens in a batch")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--kurtosis", type=float, default=1e-3)
+    parser.add_argument("--kurtosis", type=float, default=3e-4)
     parser.add_argument("--layers", type=int, default=SmallLm.layers)
     parser.add_argument("--width", type=int, default=SmallLm.width)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, by autocast")
     parser.add_argument("--times", action="store_true", help="measure the time of a step, too")
     parser.add_argument("--solved", nargs="*", default=["W4A16 GPTQ", "W4A4 GPTQ"], help="columns that gptq makes")
     parser.add_argument("--score-only", action="store_true", help="score what was trained so far")
@@ -172,7 +170,7 @@ def main() -> None:
 
     given = options().parse_args()
     torch.set_num_threads(given.threads)
-    corpus = read_corpus(given.text, given.run, SmallLm(layers=given.layers, width=given.width))
+    corpus = read_corpus(given.text or packaged_text(), given.run, SmallLm(layers=given.layers, width=given.width))
     (given.run / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(given).items()}))
     runs = load(given, corpus) if given.score_only else train_all(given, corpus)
     if given.out is not None:

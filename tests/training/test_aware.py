@@ -118,16 +118,16 @@ def test_many_layers_take_turns() -> None:
     layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(32)))
     model = quantization_aware(layers, bits=None, kurtosis=1.0, sites="*")
     meter, seen, losses = find_meter(model), [], []
-    assert meter is not None and meter.turns == 4
+    assert meter is not None and meter.turns == 8
     x = torch.randn(64, 8)
-    for _ in range(4):
+    for _ in range(8):
         model(x)
         seen += list(meter.terms)
         losses.append(float(regularization_loss(model).detach()))
-    assert sorted(seen) == sorted(aware_linears(model)), "each layer once in four passes"
+    assert sorted(seen) == sorted(aware_linears(model)), "each layer once in eight passes"
     meter.turns = 1
     model(x)
-    assert sum(losses) / 4 == pytest.approx(float(regularization_loss(model).detach()), rel=1e-4)
+    assert sum(losses) / 8 == pytest.approx(float(regularization_loss(model).detach()), rel=1e-4)
 
 
 # --------------------------------------------------------------------------- the module stays what it was
