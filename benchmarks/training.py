@@ -65,12 +65,16 @@ class Run:
         """Go on from the checkpoint, where there is one."""
         import torch
 
+        from qcompile.training.aware import find_meter
+
         path = self.folder / "state.pt"
         if path.is_file():
             held = torch.load(path, weights_only=True)
             self.model.load_state_dict(held["model"])
             self.optimizer.load_state_dict(held["optimizer"])
             self.step, self.seconds = held["step"], held["seconds"]
+            if (meter := find_meter(self.model)) is not None:
+                meter.passes = self.step
 
     def save(self) -> None:
         import torch
