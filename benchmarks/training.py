@@ -57,6 +57,7 @@ class Run:
         variant = VARIANTS[name]
         if variant != VARIANTS["plain"]:
             quantization_aware(self.model, variant.bits, given.kurtosis if variant.kurtosis else 0.0)
+        self.model.to(given.device)
         self.optimizer = optimizer_of(parameter_groups(self.model, given.rate, DECAY))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.folder: Path = given.run / name
@@ -72,7 +73,7 @@ class Run:
 
         path = self.folder / "state.pt"
         if path.is_file():
-            held = torch.load(path, weights_only=True)
+            held = torch.load(path, map_location=self.given.device, weights_only=True)
             self.model.load_state_dict(held["model"])
             self.optimizer.load_state_dict(held["optimizer"])
             self.step, self.seconds = held["step"], held["seconds"]
@@ -98,7 +99,7 @@ class Run:
             losses.append(self._one_step())
         self.seconds += time.monotonic() - begun
         self.loss = float(np.mean(losses)) if losses else math.nan
-        ids = torch.from_numpy(self.corpus.windows(self.recipe.positions, WATCHED_ROWS))
+        ids = torch.from_numpy(self.corpus.windows(self.recipe.positions, WATCHED_ROWS)).to(self.given.device)
         self.history.record(self.step, self.model, [{"input_ids": ids}], loss=self.loss)
         self.save()
 
@@ -109,7 +110,7 @@ class Run:
             group["lr"] = rate * self._schedule()
         ids = self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions)
         self.step += 1
-        return one_step(self.model, self.optimizer, torch.from_numpy(ids), self.given.bfloat16)
+        return one_step(self.model, self.optimizer, torch.from_numpy(ids).to(self.given.device), self.given.bfloat16)
 
     def _schedule(self) -> float:
         """Linear warm-up, then one rate, and in the last fifth of --steps a line down to a tenth: a run can be made
@@ -122,7 +123,7 @@ def one_step(model: Any, optimizer: Any, ids: torch.Tensor, bfloat16: bool) -> f
     """Train on (rows, tokens); the loss."""
     import torch
 
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -172,6 +173,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=SmallLm.layers)
     parser.add_argument("--width", type=int, default=SmallLm.width)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="that trains; scores are taken on the CPU")
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, by autocast")
     parser.add_argument("--times", action="store_true", help="measure the time of a step, too")
     parser.add_argument("--solved", nargs="*", default=["W4A16 GPTQ", "W4A4 GPTQ"], help="columns that gptq makes")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.training import Run
 
 WINDOWS, CALIBRATION, BATCH = 32, 16, 8
+Feeds = list[dict[str, np.ndarray]]
 SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
 # column -> (bits of weights, bits of activations); only linears of the blocks are quantised. Rounded to nearest, it is
 # computed in torch by the grids of the compiler (tests/training/test_capture.py holds the program to be equal);
@@ -48,28 +49,26 @@ def recipe_of(weights: int, activations: int | None) -> Recipe:
     return Recipe(name="blocks", rules=(Rule(weights=WeightScheme(bits=weights), activations=scheme),))
 
 
-def score(run: Run, found: dict[str, Any], out: Path, everything: dict[str, Any]) -> None:
-    """Fill ``found`` with the perplexities of one variant; what is there already is kept."""
-    held_out = run.corpus.windows(run.recipe.positions, WINDOWS)
-    calibration = [as_feeds(run.corpus.batch(run.recipe.seed + 1, 0, CALIBRATION, run.recipe.positions)[i : i + 1])
-                   for i in range(CALIBRATION)]  # fmt: skip
+def nearest(run: Run, found: dict[str, Any], calibration: Feeds, held_out: np.ndarray) -> None:
+    """Fill ``found`` with the perplexities that torch computes; what is there already is kept."""
     found |= {"steps": run.step, "tokens": run.step * run.given.rows * run.recipe.positions}
     found |= {"seconds": round(run.seconds), "outliers": totals(run.history.rows[-1]["layers"])}
-    plain = without_clips(run)
-    found.setdefault("W16A16", in_torch(plain, held_out))
+    found.setdefault("W16A16", in_torch(without_clips(run), held_out))
     if CLAMPED not in found:
         found[CLAMPED] = in_torch(clamped(run), held_out) if has_clips(run) else found["W16A16"]
     for name, (weights, activations) in NEAREST.items():
         if name not in found:
             found[name] = in_torch(rounded(run, weights, activations, calibration), held_out)
             print(f"{run.name} {name}: {found[name]:.2f}", flush=True)
-    write(out, everything)
+
+
+def solved(run: Run, found: dict[str, Any], calibration: Feeds, held_out: np.ndarray) -> None:
+    """Fill ``found`` with those of compiled programs."""
     for name in run.given.solved:
         if name not in found:
             begun = time.monotonic()
             found[name] = compiled(run, *SOLVED[name], calibration, held_out)
             print(f"{run.name} {name}: {found[name]:.2f} ({time.monotonic() - begun:.0f} s)", flush=True)
-            write(out, everything)
 
 
 def clamped(run: Run) -> Any:
@@ -87,7 +86,7 @@ def _cut(low: float, high: float) -> Callable[[Any, tuple[Any, ...]], tuple[Any,
     return lambda _module, args: (args[0].clamp(low, high),)
 
 
-def rounded(run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]]) -> Any:
+def rounded(run: Run, weights: int, activations: int | None, calibration: Feeds) -> Any:
     """A module of the same weights, to the nearest code; activations on learned grids of 4 bits where there are some,
     else on those of the smallest and largest value that calibration sees."""
     import torch
@@ -109,7 +108,7 @@ def rounded(run: Run, weights: int, activations: int | None, calibration: list[d
     return module.eval()
 
 
-def _start_on_extremes(module: Any, calibration: list[dict[str, np.ndarray]]) -> None:
+def _start_on_extremes(module: Any, calibration: Feeds) -> None:
     import torch
 
     from qcompile.training.aware import aware_linears
@@ -136,9 +135,7 @@ def _start_on_extremes(module: Any, calibration: list[dict[str, np.ndarray]]) ->
         clip.mark_started()
 
 
-def compiled(
-    run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]], windows: np.ndarray
-) -> float:
+def compiled(run: Run, weights: int, activations: int | None, calibration: Feeds, windows: np.ndarray) -> float:
     """The perplexity of the compiled program, with weights that ``gptq`` chose."""
     clipped = activations is not None and has_clips(run)
     module = run.model if clipped else without_clips(run)
@@ -310,9 +307,14 @@ def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> N
     elif "step_times" in old:
         everything["step_times"] = old["step_times"]
     for name, run in runs.items():
+        run.model.cpu()
         kept, weights = old["variants"].get(name, {}), digest(run.model)
         everything["variants"][name] = kept if kept.get("weights") == weights else {"weights": weights}
     given.out.with_suffix(".svg").write_text(over_training({n: run.history.rows for n, run in runs.items()}))
-    for name, run in runs.items():
-        score(run, everything["variants"][name], given.out, everything)
-    write(given.out, everything)
+    held_out = corpus.windows(first.recipe.positions, WINDOWS)
+    drawn = corpus.batch(first.recipe.seed + 1, 0, CALIBRATION, first.recipe.positions)
+    calibration = [as_feeds(row[None]) for row in drawn]
+    for fill in (nearest, solved):
+        for name, run in runs.items():
+            fill(run, everything["variants"][name], calibration, held_out)
+            write(given.out, everything)
