@@ -53,6 +53,10 @@ class Quantiser(nn.Module):
         """Set the range to ``low .. high``, shapes (1,)."""
         raise NotImplementedError
 
+    def width(self) -> torch.Tensor:
+        """What is above zero while there is a range, shape (1,)."""
+        raise NotImplementedError
+
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, in float, with straight-through gradients."""
         raise NotImplementedError
@@ -112,6 +116,10 @@ class Quantiser(nn.Module):
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
+    def learned(self) -> dict[str, torch.Tensor]:
+        """What is learned, on the scale of the values."""
+        return dict(self.named_parameters())
+
 
 class ActClip(Quantiser):
     """Asymmetric, with both ends learned: c_minus <= 0 <= c_plus.
@@ -146,6 +154,13 @@ class ActClip(Quantiser):
         ends = (end if end.dtype == torch.float64 else end.float() for end in (self.c_minus, self.c_plus))
         low, high = (self.unit.to(end.dtype) * torch.sinh(end) for end in ends)
         return low, high
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        return dict(zip(("c_minus", "c_plus"), self.learned_ends(), strict=True))
+
+    def width(self) -> torch.Tensor:
+        low, high = self.learned_ends()
+        return high - low
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = _Affine.apply(x, self.c_minus, self.c_plus, self)  # type: ignore[no-untyped-call]
@@ -268,6 +283,9 @@ class Pact(Quantiser):
         scale = (self.alpha.float() / (self.high - self._middle)).clamp(min=SCALE_FLOOR)
         return scale, torch.full_like(scale, self._middle)
 
+    def width(self) -> torch.Tensor:
+        return self.alpha
+
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.alpha.data.copy_(torch.maximum(-low, high))
 
@@ -294,6 +312,9 @@ class Lsq(Quantiser):
     def grid(self) -> Pair:
         scale = self.step.float().clamp(min=SCALE_FLOOR)
         return scale, torch.full_like(scale, self._middle)
+
+    def width(self) -> torch.Tensor:
+        return self.step
 
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.step.data.copy_(torch.maximum(-low, high) / (self.high - self._middle))
