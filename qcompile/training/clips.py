@@ -184,7 +184,8 @@ class _Affine(torch.autograd.Function):
         scale, zero = _scale_and_zero(low.clamp(max=0), high.clamp(min=0), clip.high)
         ctx.save_for_backward(x, scale)
         ctx.held = [_plain(part) for part in (low, high, clip.unit, scale)]
-        ctx.levels, ctx.ends = clip.high, (-_plain(zero), clip.high - _plain(zero))
+        origin = _plain(zero)
+        ctx.levels, ctx.ends = clip.high, (-origin, clip.high - origin)
         x = x.contiguous()
         found = torch.empty_like(x, dtype=_type_of_linear(x))
         for values, target in _blocks(x, found):
@@ -213,7 +214,8 @@ class _Affine(torch.autograd.Function):
             codes = _codes(values, scale, ctx.ends, torch.empty_like(values))
             sums += [g.sum(), kept.sum(), torch.dot(g, codes), torch.dot(kept, values)]
             target.copy_(kept)
-        all_, kept_, all_codes, inside = map(_plain, torch.stack(sums).view(-1, 4).sum(dim=0))
+        totals = torch.stack(sums).view(-1, 4).sum(dim=0)
+        all_, kept_, all_codes, inside = totals.tolist() if totals.device.type == "cpu" else totals
         cut = all_ - kept_
         d_high = (all_codes - (inside + (low <= 0) * low * cut) / step) / ctx.levels
         d_low = cut - d_high
