@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of, read_corpus
+from qcompile.models.small_lm import PACKAGE, Corpus, SmallLm, optimizer_of, packaged_text, read_corpus
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
-BITS, WARMUP, DECAY, CLIP_NORM = 4, 40, 0.1, 1.0
+BITS, WARMUP, COOLED, DECAY, CLIP_NORM = 4, 40, 0.2, 0.0, 1.0
 WATCHED_ROWS = 8  # windows that the history looks at
 
 
@@ -57,6 +57,7 @@ class Run:
         variant = VARIANTS[name]
         if variant != VARIANTS["plain"]:
             quantization_aware(self.model, variant.bits, given.kurtosis if variant.kurtosis else 0.0)
+        self.model.to(given.device)
         self.optimizer = optimizer_of(parameter_groups(self.model, given.rate, DECAY))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.folder: Path = given.run / name
@@ -68,12 +69,16 @@ class Run:
         """Go on from the checkpoint, where there is one."""
         import torch
 
+        from qcompile.training.aware import find_meter
+
         path = self.folder / "state.pt"
         if path.is_file():
-            held = torch.load(path, weights_only=True)
+            held = torch.load(path, map_location=self.given.device, weights_only=True)
             self.model.load_state_dict(held["model"])
             self.optimizer.load_state_dict(held["optimizer"])
             self.step, self.seconds = held["step"], held["seconds"]
+            if (meter := find_meter(self.model)) is not None:
+                meter.passes = self.step
 
     def save(self) -> None:
         import torch
@@ -94,7 +99,7 @@ class Run:
             losses.append(self._one_step())
         self.seconds += time.monotonic() - begun
         self.loss = float(np.mean(losses)) if losses else math.nan
-        ids = torch.from_numpy(self.corpus.windows(self.recipe.positions, WATCHED_ROWS))
+        ids = torch.from_numpy(self.corpus.windows(self.recipe.positions, WATCHED_ROWS)).to(self.given.device)
         self.history.record(self.step, self.model, [{"input_ids": ids}], loss=self.loss)
         self.save()
 
@@ -103,21 +108,28 @@ class Run:
 
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule()
-        ids = torch.from_numpy(self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions))
-        loss = self.model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        ids = self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions)
         self.step += 1
-        return float(loss.detach())
+        return one_step(self.model, self.optimizer, torch.from_numpy(ids).to(self.given.device), self.given.bfloat16)
 
     def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a tenth over --steps."""
-        if self.step < WARMUP:
-            return (self.step + 1) / WARMUP
-        done = min(1.0, (self.step - WARMUP) / max(1, self.given.steps - WARMUP))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+        """Linear warm-up, then one rate, and in the last fifth of --steps a line down to a tenth: a run can be made
+        longer or shorter until the fifth begins, and is what it had been with those --steps from the start."""
+        left = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
+        return min(1.0, (self.step + 1) / WARMUP, 0.1 + 0.9 * left)
+
+
+def one_step(model: Any, optimizer: Any, ids: torch.Tensor, bfloat16: bool) -> float:
+    """Train on (rows, tokens); the loss."""
+    import torch
+
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
 
 
 def load(given: argparse.Namespace, corpus: Corpus) -> dict[str, Run]:
@@ -149,18 +161,20 @@ def worst(run: Run) -> str:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="English text, or its gzip")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"English text, or its gzip; without it {PACKAGE}")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="checkpoints and tokens; a run goes on")
     parser.add_argument("--out", type=Path, metavar="NAME", help="NAME.json and NAME.md")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--every", type=int, default=50, help="steps between turns, figures and checkpoints")
     parser.add_argument("--rows", type=int, default=4, help="windows of 128 tokens in a batch")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--kurtosis", type=float, default=1e-3)
+    parser.add_argument("--kurtosis", type=float, default=3e-4)
     parser.add_argument("--layers", type=int, default=SmallLm.layers)
     parser.add_argument("--width", type=int, default=SmallLm.width)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="that trains; scores are taken on the CPU")
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, by autocast")
     parser.add_argument("--times", action="store_true", help="measure the time of a step, too")
     parser.add_argument("--solved", nargs="*", default=["W4A16 GPTQ", "W4A4 GPTQ"], help="columns that gptq makes")
     parser.add_argument("--score-only", action="store_true", help="score what was trained so far")
@@ -172,7 +186,7 @@ def main() -> None:
 
     given = options().parse_args()
     torch.set_num_threads(given.threads)
-    corpus = read_corpus(given.text, given.run, SmallLm(layers=given.layers, width=given.width))
+    corpus = read_corpus(given.text or packaged_text(), given.run, SmallLm(layers=given.layers, width=given.width))
     (given.run / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(given).items()}))
     runs = load(given, corpus) if given.score_only else train_all(given, corpus)
     if given.out is not None:

@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ import onnx_ir as ir
 
 import qcompile
 from benchmarks.protocol import next_token_nats
+from benchmarks.results import machine
+from benchmarks.tables import table
 from qcompile.models.small_lm import Corpus, SmallLm, optimizer_of
 from qcompile.quant.numerics import quantize_weight
 from qcompile.quant.schemes import ActivationScheme, WeightScheme
@@ -24,7 +27,8 @@ from qcompile.recipe import Recipe, Rule
 if TYPE_CHECKING:
     from benchmarks.training import Run
 
-WINDOWS, CALIBRATION, BATCH = 24, 16, 8
+WINDOWS, CALIBRATION, BATCH = 32, 16, 8
+Feeds = list[dict[str, np.ndarray]]
 SHAPES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
 # column -> (bits of weights, bits of activations); only linears of the blocks are quantised. Rounded to nearest, it is
 # computed in torch by the grids of the compiler (tests/training/test_capture.py holds the program to be equal);
@@ -33,7 +37,9 @@ NEAREST: dict[str, tuple[int, int | None]] = {
     "W8A8": (8, 8), "W16A4": (16, 4), "W4A16 RTN": (4, None), "W4A4 RTN": (4, 4),
 }  # fmt: skip
 SOLVED: dict[str, tuple[int, int | None]] = {"W4A16 GPTQ": (4, None), "W4A4 GPTQ": (4, 4)}
+CLAMPED = "W16A16 clamped"  # to the learned ranges, nothing rounded: what a model with clips computes in full precision
 LAST = ("kurtosis", "outlier_channels", "max_ratio", "weight_ratio")
+RESIDUAL = ("q_proj", "fc1")  # linears that read the residual stream; q_proj stands for k and v, too
 
 
 def recipe_of(weights: int, activations: int | None) -> Recipe:
@@ -43,29 +49,44 @@ def recipe_of(weights: int, activations: int | None) -> Recipe:
     return Recipe(name="blocks", rules=(Rule(weights=WeightScheme(bits=weights), activations=scheme),))
 
 
-def score(run: Run, found: dict[str, Any], out: Path, everything: dict[str, Any]) -> None:
-    """Fill ``found`` with the perplexities of one variant; what is there already is kept."""
-    held_out = run.corpus.windows(run.recipe.positions, WINDOWS)
-    calibration = [as_feeds(run.corpus.batch(run.recipe.seed + 1, 0, CALIBRATION, run.recipe.positions)[i : i + 1])
-                   for i in range(CALIBRATION)]  # fmt: skip
+def nearest(run: Run, found: dict[str, Any], calibration: Feeds, held_out: np.ndarray) -> None:
+    """Fill ``found`` with the perplexities that torch computes; what is there already is kept."""
     found |= {"steps": run.step, "tokens": run.step * run.given.rows * run.recipe.positions}
     found |= {"seconds": round(run.seconds), "outliers": totals(run.history.rows[-1]["layers"])}
-    plain = without_clips(run)
-    found.setdefault("W16A16", in_torch(plain, held_out))
+    found.setdefault("W16A16", in_torch(without_clips(run), held_out))
+    if CLAMPED not in found:
+        found[CLAMPED] = in_torch(clamped(run), held_out) if has_clips(run) else found["W16A16"]
     for name, (weights, activations) in NEAREST.items():
         if name not in found:
             found[name] = in_torch(rounded(run, weights, activations, calibration), held_out)
             print(f"{run.name} {name}: {found[name]:.2f}", flush=True)
-    write(out, everything)
+
+
+def solved(run: Run, found: dict[str, Any], calibration: Feeds, held_out: np.ndarray) -> None:
+    """Fill ``found`` with those of compiled programs."""
     for name in run.given.solved:
         if name not in found:
             begun = time.monotonic()
             found[name] = compiled(run, *SOLVED[name], calibration, held_out)
             print(f"{run.name} {name}: {found[name]:.2f} ({time.monotonic() - begun:.0f} s)", flush=True)
-            write(out, everything)
 
 
-def rounded(run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]]) -> Any:
+def clamped(run: Run) -> Any:
+    """The weights in a module that cuts inputs where learned ranges end."""
+    from qcompile.training.aware import aware_linears
+
+    module = without_clips(run)
+    for name, linear in aware_linears(run.model).items():
+        low, high = linear.clip.ends()  # type: ignore[union-attr, operator]
+        module.get_submodule(name).register_forward_pre_hook(_cut(low, high))
+    return module
+
+
+def _cut(low: float, high: float) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda _module, args: (args[0].clamp(low, high),)
+
+
+def rounded(run: Run, weights: int, activations: int | None, calibration: Feeds) -> Any:
     """A module of the same weights, to the nearest code; activations on learned grids of 4 bits where there are some,
     else on those of the smallest and largest value that calibration sees."""
     import torch
@@ -87,7 +108,7 @@ def rounded(run: Run, weights: int, activations: int | None, calibration: list[d
     return module.eval()
 
 
-def _start_on_extremes(module: Any, calibration: list[dict[str, np.ndarray]]) -> None:
+def _start_on_extremes(module: Any, calibration: Feeds) -> None:
     import torch
 
     from qcompile.training.aware import aware_linears
@@ -114,9 +135,7 @@ def _start_on_extremes(module: Any, calibration: list[dict[str, np.ndarray]]) ->
         clip.mark_started()
 
 
-def compiled(
-    run: Run, weights: int, activations: int | None, calibration: list[dict[str, np.ndarray]], windows: np.ndarray
-) -> float:
+def compiled(run: Run, weights: int, activations: int | None, calibration: Feeds, windows: np.ndarray) -> float:
     """The perplexity of the compiled program, with weights that ``gptq`` chose."""
     clipped = activations is not None and has_clips(run)
     module = run.model if clipped else without_clips(run)
@@ -182,33 +201,34 @@ def perplexity(run: Any, windows: np.ndarray) -> float:
 
 
 def totals(layers: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The sum over layers of outlier channels, and the largest of the other figures."""
+    """Sums over layers of outlier channels, all and those of the residual stream, and the largest of other figures."""
     found = {key: [figures[key] for figures in layers.values()] for key in LAST}
-    return {key: float(sum(v) if key == "outlier_channels" else max(v)) for key, v in found.items()}
+    read = {name: figures for name, figures in layers.items() if name.endswith(RESIDUAL)}
+    return {key: float(sum(v) if key == "outlier_channels" else max(v)) for key, v in found.items()} | {
+        "residual_channels": float(sum(figures["outlier_channels"] for figures in read.values())),
+        "residual_ratio": max(figures["mean_ratio"] for figures in read.values()),
+    }
 
 
-def step_times(recipe: SmallLm, rows: int, kurtosis: float, repeats: int = 9) -> dict[str, float]:
+def step_times(recipe: SmallLm, given: argparse.Namespace, repeats: int = 15) -> dict[str, float]:
     """Processor seconds of a step of each kind over those of a plain step: medians of steps that take turns."""
     import torch
 
-    from benchmarks.training import VARIANTS
+    from benchmarks.training import VARIANTS, one_step
     from qcompile.training import parameter_groups, quantization_aware
 
     made: dict[str, tuple[Any, Any]] = {}
     for name, variant in VARIANTS.items():
         model: Any = recipe.build().train()
         if name != "plain":
-            quantization_aware(model, variant.bits, kurtosis if variant.kurtosis else 0.0)
+            quantization_aware(model, variant.bits, given.kurtosis if variant.kurtosis else 0.0)
         made[name] = (model, optimizer_of(parameter_groups(model, 1e-3, 0.1)))
-    ids = torch.randint(0, recipe.vocabulary, (rows, recipe.positions))
+    ids = torch.randint(0, recipe.vocabulary, (given.rows, recipe.positions))
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(repeats + 1):
         for name, (model, optimizer) in made.items():
             begun = time.process_time()
-            model(input_ids=ids, labels=ids).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            one_step(model, optimizer, ids, given.bfloat16)
             times[name].append(time.process_time() - begun)
     plain = times["plain"]
     ratios = {n: [a / b for a, b in zip(t[1:], plain[1:], strict=True)] for n, t in times.items()}
@@ -226,32 +246,30 @@ def digest(model: Any) -> str:
 def write(out: Path, everything: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text("\n\n".join(tables(everything)) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("\n\n".join(pages(everything, f"{out.stem}.svg")) + "\n", encoding="utf-8")
 
 
-def tables(everything: dict[str, Any]) -> list[str]:
-    """Perplexities, what is asked of them, outliers, and the time of a step."""
+def pages(everything: dict[str, Any], plot: str) -> list[str]:
+    """Perplexities, what is asked of them, outliers, the time of a step, and how it was made."""
     rows = everything["variants"]
-    columns = ["W16A16", *NEAREST, *SOLVED]
+    columns = ["W16A16", CLAMPED, *NEAREST, *SOLVED]
     shown = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
     ratios = [[name, *(_ratio(row, column) for column in columns)] for name, row in rows.items()]
     seen = {name: row["outliers"] for name, row in rows.items() if "outliers" in row}
-    outliers = [[name, *(f"{figures[key]:.4g}" for key in LAST)] for name, figures in seen.items()]
+    shown_keys = (*LAST[:2], "residual_channels", "residual_ratio", *LAST[2:])
+    outliers = [[name, *(f"{figures[key]:.4g}" for key in shown_keys)] for name, figures in seen.items()]
     found = [
-        _table(["perplexity", *columns], shown),
-        _table(["over the same model at W16A16", *columns], ratios),
-        _table(["after the last step", "largest kurtosis of outputs", "outlier channels of all inputs",
-                "largest max/median of inputs", "largest weight over RMS"], outliers),
+        table(["perplexity", *columns], shown),
+        table([f"over the same model at {CLAMPED}", *columns], ratios),
+        table(["after the last step", "largest kurtosis of outputs", "outlier channels of all inputs",
+                "of the residual stream", "largest mean/median there", "largest max/median of inputs",
+                "largest weight over RMS"], outliers),
     ]  # fmt: skip
     if "step_times" in everything:
-        found.append(_table(["processor time of a step over plain", "ratio"],
+        found.append(table(["processor time of a step over plain", "ratio"],
                             [[name, f"{value:.2f}"] for name, value in everything["step_times"].items()]))  # fmt: skip
-    return [*found, _about(everything), *filter(None, [everything.get("remarks", "").strip()])]
-
-
-def _about(everything: dict[str, Any]) -> str:
-    about = everything["about"]
-    return "\n".join(f"- {name}: {value}" for name, value in about.items())
+    about = "\n".join(f"- {name}: {value}" for name, value in everything["about"].items())
+    return [*found, about, f"![over training]({plot})"]
 
 
 def _cell(value: float | None) -> str:
@@ -259,16 +277,13 @@ def _cell(value: float | None) -> str:
 
 
 def _ratio(row: dict[str, Any], column: str) -> str:
-    return f"{row[column] / row['W16A16']:.3f}" if column in row and "W16A16" in row else ""
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{row[column] / row[CLAMPED]:.3f}" if column in row and CLAMPED in row else ""
 
 
 def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> None:
-    """Score every run and write NAME.json and NAME.md; scores of the same steps are kept."""
+    """Score every run and write NAME.json, NAME.md and NAME.svg; scores of the same weights are kept."""
+    from qcompile.reporting.training import over_training
+
     path = given.out.with_suffix(".json")
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"variants": {}}
     everything: dict[str, Any] = {"kind": "training", "model": "small_lm", "about": {}, "variants": {}}
@@ -283,16 +298,23 @@ def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> N
         "weights of the plain model": digest(without_clips(runs["plain"])) if "plain" in runs else "",
         "perplexity": f"{WINDOWS} held-out windows of {first.recipe.positions} tokens, spread evenly; "
         f"calibration {CALIBRATION} windows",
-        "command": f"python -m benchmarks.training --text FILE --run DIR --out NAME --steps {first.step} "
-        f"--rows {given.rows} --every {given.every}",
+        "command": f"python -m benchmarks.training --run DIR --out NAME --steps {first.step} --rows {given.rows} "
+        f"--every {given.every}" + " --bfloat16" * given.bfloat16,
+        "measured": f"{time.strftime('%Y-%m-%d')}, {machine()}, {given.threads} thread(s)",
     }
     if given.times:
-        everything["step_times"] = step_times(first.recipe, given.rows, given.kurtosis)
+        everything["step_times"] = step_times(first.recipe, given)
     elif "step_times" in old:
         everything["step_times"] = old["step_times"]
     for name, run in runs.items():
-        kept = old["variants"].get(name, {})
-        everything["variants"][name] = kept if kept.get("steps") == run.step else {}
-    for name, run in runs.items():
-        score(run, everything["variants"][name], given.out, everything)
-    write(given.out, everything)
+        run.model.cpu()
+        kept, weights = old["variants"].get(name, {}), digest(run.model)
+        everything["variants"][name] = kept if kept.get("weights") == weights else {"weights": weights}
+    given.out.with_suffix(".svg").write_text(over_training({n: run.history.rows for n, run in runs.items()}))
+    held_out = corpus.windows(first.recipe.positions, WINDOWS)
+    drawn = corpus.batch(first.recipe.seed + 1, 0, CALIBRATION, first.recipe.positions)
+    calibration = [as_feeds(row[None]) for row in drawn]
+    for fill in (nearest, solved):
+        for name, run in runs.items():
+            fill(run, everything["variants"][name], calibration, held_out)
+            write(given.out, everything)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qcompile.errors import UserError
-from qcompile.training.clips import ActClip, Lsq, Pact, Quantiser
+from qcompile.training.clips import Quantiser
 
 EVERY = 16  # passes between two checks on a device that would have to wait for them
 
@@ -22,38 +22,23 @@ def interval(model: nn.Module) -> int:
 
 def check_ranges(linears: Mapping[str, nn.Module]) -> None:
     """Raise UserError for a range that is empty or not finite."""
-    clips = {n: m.clip for n, m in linears.items() if isinstance(getattr(m, "clip", None), Quantiser)}
-    widths = {name: _width(clip) for name, clip in clips.items() if isinstance(clip, Quantiser)}
-    if not widths:
+    held = {name: getattr(linear, "clip", None) for name, linear in linears.items()}
+    clips = {name: clip for name, clip in held.items() if isinstance(clip, Quantiser)}
+    if not clips:
         return
-    found = torch.cat([width.detach().float().cpu() for width in widths.values()])
+    found = torch.cat([clip.width().detach().float().cpu() for clip in clips.values()])
     good = torch.isfinite(found) & (found > 0)
     if bool(good.all()):
         return
-    name = list(widths)[int((~good).nonzero()[0])]
-    values = _values(clips[name])
+    name = list(clips)[int((~good).nonzero()[0])]
     collapsed = bool(torch.isfinite(found).all())
+    values = ", ".join(f"{key} = {value.item():g}" for key, value in clips[name].learned().items())
     raise UserError(
         f"the clip range of a layer {'collapsed' if collapsed else 'is not finite'}: {values}",
         where=name,
         hint="a smaller learning rate for parameters named 'clip' (see parameter_groups), no weight decay on them; "
         "or leave the layer out with sites=",
     )
-
-
-def _width(clip: Quantiser) -> torch.Tensor:
-    if isinstance(clip, ActClip):
-        low, high = clip.learned_ends()
-        return high - low
-    assert isinstance(clip, Pact | Lsq)
-    return clip.alpha if isinstance(clip, Pact) else clip.step
-
-
-def _values(clip: Any) -> str:
-    if isinstance(clip, ActClip):
-        low, high = clip.learned_ends()
-        return f"c_minus = {low.item():g}, c_plus = {high.item():g}"
-    return ", ".join(f"{key} = {value.item():g}" for key, value in clip.named_parameters())
 
 
 def check_terms(terms: Mapping[str, torch.Tensor]) -> None:

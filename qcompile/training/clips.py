@@ -6,10 +6,12 @@ Zero is always a code, so what training sees is exactly what QuantizeLinear and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from qcompile.capture.torch_clip import static_clip
 from qcompile.errors import UserError
@@ -20,6 +22,7 @@ START_QUANTILE = 1e-4  # of the first batch's values lies outside the first rang
 START_VALUES = 1 << 16
 UNITS = 16  # of the first range: what is smaller is learned by steps of one size, what is larger by shares of itself
 SLACK = 1e-5  # of a step; a value that close to an end is not cut
+BLOCK = 1 << 16  # values that a CPU takes at a time
 
 
 class Quantiser(nn.Module):
@@ -48,6 +51,10 @@ class Quantiser(nn.Module):
 
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Set the range to ``low .. high``, shapes (1,)."""
+        raise NotImplementedError
+
+    def width(self) -> torch.Tensor:
+        """What is above zero while there is a range, shape (1,)."""
         raise NotImplementedError
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +116,10 @@ class Quantiser(nn.Module):
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
+    def learned(self) -> dict[str, torch.Tensor]:
+        """What is learned, on the scale of the values."""
+        return dict(self.named_parameters())
+
 
 class ActClip(Quantiser):
     """Asymmetric, with both ends learned: c_minus <= 0 <= c_plus.
@@ -144,8 +155,15 @@ class ActClip(Quantiser):
         low, high = (self.unit.to(end.dtype) * torch.sinh(end) for end in ends)
         return low, high
 
+    def learned(self) -> dict[str, torch.Tensor]:
+        return dict(zip(("c_minus", "c_plus"), self.learned_ends(), strict=True))
+
+    def width(self) -> torch.Tensor:
+        low, high = self.learned_ends()
+        return high - low
+
     def fake(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Affine.apply(x, *self._range(), self.high)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Affine.apply(x, self.c_minus, self.c_plus, self)  # type: ignore[no-untyped-call]
         return found
 
     def _range(self) -> Pair:
@@ -153,64 +171,100 @@ class ActClip(Quantiser):
         return low.clamp(max=0), high.clamp(min=0)
 
 
+class _Affine(torch.autograd.Function):
+    """Fake quantisation by an ActClip; keeps nothing but its input for the backward pass.
+
+    Under autocast its output has the type that the linear behind it would cast to. On a CPU it works through blocks
+    that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c_minus: torch.Tensor, c_plus: torch.Tensor, clip: ActClip) -> torch.Tensor:
+        low, high = clip.learned_ends()
+        scale, zero = _scale_and_zero(low.clamp(max=0), high.clamp(min=0), clip.high)
+        ctx.save_for_backward(x, scale)
+        ctx.held = [_plain(part) for part in (low, high, clip.unit, scale)]
+        origin = _plain(zero)
+        ctx.levels, ctx.ends = clip.high, (-origin, clip.high - origin)
+        x = x.contiguous()
+        found = torch.empty_like(x, dtype=_type_of_linear(x))
+        for values, target in _blocks(x, found):
+            room = _room(target, scale.dtype)
+            target.copy_(_codes(values, scale, ctx.ends, room).mul_(scale))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With u = x / s, q = clamp(round(u)), and what is inside or cut:
+
+        d/dhigh = (sum g q - sum_inside g u - low / s sum_cut g) / N
+        d/dlow  = sum_cut g - d/dhigh
+        for inside y = s (u + (q - u)) with q - u constant, above y = high + what rounding took from the zero point, and
+        below y = low + the same. An end moves by sqrt(unit^2 + end^2) times its parameter.
+        """
+        x, scale = ctx.saved_tensors
+        low, high, unit, step = ctx.held
+        bounds = (ctx.ends[0] - SLACK) * step, (ctx.ends[1] + SLACK) * step
+        x, grad = x.contiguous(), grads[0].contiguous()
+        found, sums = torch.empty_like(x), []
+        for values, g, target in _blocks(x, grad, found):
+            values, g = values.to(scale.dtype), g.to(scale.dtype)
+            kept = _inside(g, values, *bounds, _room(target, scale.dtype))
+            codes = _codes(values, scale, ctx.ends, torch.empty_like(values))
+            sums += [g.sum(), kept.sum(), torch.dot(g, codes), torch.dot(kept, values)]
+            target.copy_(kept)
+        totals = torch.stack(sums).view(-1, 4).sum(dim=0)
+        all_, kept_, all_codes, inside = totals.tolist() if totals.device.type == "cpu" else totals
+        cut = all_ - kept_
+        d_high = (all_codes - (inside + (low <= 0) * low * cut) / step) / ctx.levels
+        d_low = cut - d_high
+        d_minus = d_low * (low <= 0) * (unit**2 + low**2) ** 0.5
+        d_plus = d_high * (high >= 0) * (unit**2 + high**2) ** 0.5
+        return found, _like(d_minus, scale), _like(d_plus, scale), None
+
+
+def _plain(scalar: torch.Tensor) -> Any:
+    """A number on a CPU, where small tensors are slow; elsewhere the tensor, so that no device waits."""
+    return scalar.item() if scalar.device.type == "cpu" else scalar
+
+
+def _like(value: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.full_like(tensor, value)
+
+
 def _scale_and_zero(low: torch.Tensor, high: torch.Tensor, levels: int) -> Pair:
     scale = ((high - low) / levels).clamp(min=SCALE_FLOOR)
     return scale, torch.round(-low / scale)
 
 
-class _Affine(torch.autograd.Function):
-    """Fake quantisation to ``levels`` + 1 codes; keeps nothing but its input for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int) -> torch.Tensor:
-        scale, zero = _scale_and_zero(low, high, levels)
-        ctx.save_for_backward(x, low, scale, zero)
-        ctx.levels = levels
-        codes = _steps(x, scale)
-        return codes.round_().clamp_(*_ends(zero, levels)).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """With r = round(u) - u inside, u = x / s, and e = -low / s - z, what rounding took from the zero point:
-
-        d/dhigh = (sum_in g r) / N + sum_above g (1 + e / N) + sum_below g e / N
-        d/dlow  = -(sum_in g r) / N - sum_above g e / N + sum_below g (1 - e / N)
-        What is outside stands at one of the two ends, so two sums tell above from below.
-        """
-        x, low, scale, zero = ctx.saved_tensors
-        levels, grad = ctx.levels, grads[0].to(scale.dtype).contiguous()
-        steps = _steps(x, scale)
-        kept = steps.clamp(*_ends(zero, levels))
-        inside = _inside(grad, steps, kept, _ends(zero, levels))
-        outside = grad - inside
-        cut, ends = outside.sum(), torch.dot(outside.view(-1), kept.view(-1))
-        rounding = torch.dot(inside.view(-1), kept.round_().sub_(steps).view(-1))
-        above = (ends + zero * cut) / levels
-        below = cut - above
-        share = (-low / scale - zero) / levels
-        d_high = rounding / levels + above * (1 + share) + below * share
-        d_low = -rounding / levels - above * share + below * (1 - share)
-        return inside.to(x.dtype), d_low, d_high, None
+def _type_of_linear(x: torch.Tensor) -> torch.dtype:
+    """What a linear makes of ``x``: autocast has float32 cast."""
+    device = x.device.type
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
-def _steps(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x / s in the precision of the scale; always a new tensor."""
-    return (x.to(scale.dtype) / scale).contiguous()
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Flat views of contiguous ``tensors`` of one size, block by block on a CPU and whole elsewhere."""
+    size = BLOCK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
 
 
-def _ends(zero: torch.Tensor, levels: int) -> tuple[Any, Any]:
-    """The ends of the range in steps: numbers on a CPU, where tensors as bounds are slow; else no device waits."""
-    if zero.device.type == "cpu":
-        origin = zero.item()
-        return -origin, levels - origin
-    return -zero, levels - zero
+def _room(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
 
 
-def _inside(grad: torch.Tensor, steps: torch.Tensor, kept: torch.Tensor, ends: tuple[Any, Any]) -> torch.Tensor:
-    """``grad`` where nothing was cut, else 0; a value on an end is not cut."""
+def _codes(x: torch.Tensor, scale: torch.Tensor, ends: tuple[Any, Any], out: torch.Tensor) -> torch.Tensor:
+    """Steps from zero, rounded, within ``ends``."""
+    return torch.div(x.to(scale.dtype), scale, out=out).round_().clamp_(*ends)
+
+
+def _inside(grad: torch.Tensor, x: torch.Tensor, low: Any, high: Any, out: torch.Tensor) -> torch.Tensor:
+    """``grad`` where ``x`` is between ``low`` and ``high``, else 0."""
     if grad.device.type != "cpu":
-        return torch.where(kept == steps, grad, 0)
-    found: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, steps, ends[0] - SLACK, ends[1] + SLACK)
+        return torch.where((x > low) & (x < high), grad, grad.new_zeros(()), out=out)
+    found: torch.Tensor = torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
     return found
 
 
@@ -230,6 +284,9 @@ class Pact(Quantiser):
     def grid(self) -> Pair:
         scale = (self.alpha.float() / (self.high - self._middle)).clamp(min=SCALE_FLOOR)
         return scale, torch.full_like(scale, self._middle)
+
+    def width(self) -> torch.Tensor:
+        return self.alpha
 
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.alpha.data.copy_(torch.maximum(-low, high))
@@ -257,6 +314,9 @@ class Lsq(Quantiser):
     def grid(self) -> Pair:
         scale = self.step.float().clamp(min=SCALE_FLOOR)
         return scale, torch.full_like(scale, self._middle)
+
+    def width(self) -> torch.Tensor:
+        return self.step
 
     def start(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.step.data.copy_(torch.maximum(-low, high) / (self.high - self._middle))

@@ -19,7 +19,7 @@ from qcompile.errors import UserError
 
 EPSILON = 1e-6
 STRIDE, FEWEST, MOST = 16, 64, 4096  # one token of 16, but not fewer than 64 where there are, nor more than 4096
-TURNS, IN_A_TURN = 4, 8  # layers take up to 4 turns, at least 8 of them at a time
+TURNS, IN_A_TURN = 8, 4  # layers take up to 8 turns, at least 4 of them at a time
 
 
 def token_kurtosis(y: torch.Tensor) -> torch.Tensor:

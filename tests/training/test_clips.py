@@ -10,6 +10,7 @@ import torch
 
 from qcompile.errors import UserError
 from qcompile.quant.numerics import affine_from_range, fake_quantize
+from qcompile.training import clips
 from qcompile.training.clips import QUANTISERS, ActClip, Lsq, Pact
 
 STEP = 1e-6
@@ -156,3 +157,33 @@ def test_half_precision_in_half_precision_out() -> None:
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(UserError, match=f"activations of {bits} bits"):
         ActClip(bits)
+
+
+def gradients(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    clip = ActClip(4)
+    clip.start(torch.tensor([-1.1]), torch.tensor([1.9]))
+    clip.mark_started()
+    x = x.clone().requires_grad_()
+    y = clip(x)
+    y.backward(weights.to(y.dtype))  # type: ignore[no-untyped-call]
+    assert x.grad is not None and clip.c_minus.grad is not None and clip.c_plus.grad is not None
+    return y.detach(), x.grad, clip.c_minus.grad, clip.c_plus.grad
+
+
+def test_blocks_are_of_no_consequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = values().float().view(20, 20).T, values(seed=1).float().view(20, 20)
+    whole = gradients(x, weights)
+    monkeypatch.setattr(clips, "BLOCK", 64)
+    for found, expected in zip(gradients(x, weights), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_the_output_is_what_a_linear_casts_to() -> None:
+    x, weights = values().float(), values(seed=1).bfloat16()
+    plain = gradients(x, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(x, weights)
+    assert cast[0].dtype == torch.bfloat16 and torch.equal(cast[0], plain[0].bfloat16())
+    for found, expected in zip(cast[1:], plain[1:], strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
