@@ -133,6 +133,7 @@ class Program(Scope):
         self._written: dict[Hashable, Any] = {}
         self._shapes: dict[Hashable, list[tuple[tuple[Dim, ...], str]]] = {}
         self._used: set[str] = set()
+        self._reshaped: dict[tuple[int, str], Tensor] = {}
 
     @property
     def program(self) -> Program:
@@ -251,11 +252,18 @@ class Program(Scope):
         if len(shape) == source.rank and all(map(same, shape, source.shape)):
             return source
         held = self.force(source)
+        key = (id(held.leaf), spelled(shape))
+        if key not in self._reshaped:
+            self._reshaped[key] = self._in_shape(held, shape)
+        return self._reshaped[key]
+
+    def _in_shape(self, held: Tensor, shape: Sequence[Dim]) -> Tensor:
+        """The same memory, a leaf, in another shape."""
         self._used.update({held.leaf.name} & self.parameters.keys())
-        kind = relax.TensorType(list(shape), source.dtype)
+        kind = relax.TensorType(list(shape), held.dtype)
         given = [held.leaf, relax.ShapeExpr(list(shape))]
         call = relax.Call(relax.ExternFunc("vm.builtin.reshape"), given, ty_args=[kind])
-        return Tensor(tuple(shape), source.dtype, leaf=self.builder.emit(call))
+        return Tensor(tuple(shape), held.dtype, operands=(held,), leaf=self.builder.emit(call))
 
     def _symbolic(self, known: Known) -> Tensor:
         values = [immediate(value, known.dtype) for value in known.ints()]

@@ -14,6 +14,7 @@ from qcompile.backends.tvm.scopes import Scope
 from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, expression, immediate, simplified, spelled, view
 
 _FAR = 2**31 - 1
+CHEAP = 1  # of the cost of a tensor that is joined: more is computed beforehand, away from the branches
 
 
 def _whole(value: Any) -> Any:
@@ -138,7 +139,7 @@ def _concat(scope: Scope, op: Operation) -> Value:
             return dims_known(dims, values[0].dtype)
         return Known(np.concatenate(arrays, axis), values[0].dtype)
     parts = [scope.tensor(value) for value in values]
-    parts = [scope.force(part) if part.cost else part for part in parts]
+    parts = [scope.force(part) if part.cost > CHEAP else part for part in parts]
     return joined(parts, axis)
 
 

@@ -71,6 +71,8 @@ def _flat(scope: Scope, a: Tensor, width: Dim, apply: Callable[[Tensor], Tensor]
     """``apply`` on the rows of ``a`` (..., K) as a matrix."""
     matrix = scope.reshape(a, [product(a.shape[:-1]), a.shape[-1]])
     result, lead = apply(scope.force(matrix)), a.shape[:-1]
+    if result.leaf is not None:
+        return scope.reshape(result, (*lead, width))
     if a.rank == 2:
         return result
 
