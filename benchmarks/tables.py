@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators", "kernels", "cuda_kernels", "training")  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels", "mobile", "training")  # that stand on a page of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:
@@ -39,7 +39,7 @@ def render(result: Mapping[str, Any]) -> str:
     draw = {
         "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
         "kernels": kernels,
-        "cuda_kernels": cuda_kernels,
+        "cuda_kernels": cuda_kernels, "mobile": mobile,
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
@@ -232,6 +232,20 @@ def cuda_kernels(result: Mapping[str, Any]) -> str:
             f"{row['memory_us']:.1f}", f"{row['unit_us']:.1f}",
         ))  # fmt: skip
     return f"{table(head, lines)}\n\nCompiled by {result['rows'][0]['compiler']}, not run."
+
+
+def mobile(result: Mapping[str, Any]) -> str:
+    """One row a package: what ships, file by file, against the packed weights."""
+    head = ("model", "recipe", "target", "ships, bytes", "of them", "packed weights, bytes", "ratio")
+    lines = []
+    for row in result["rows"]:
+        size = sum(row["shipped"].values())
+        files = ", ".join(f"{name} {number(one)}" for name, one in row["shipped"].items())
+        lines.append((
+            row["model"], f"`{row['recipe']}`", f"`{row['target']}`", number(size), files, number(row["packed"]),
+            f"{size / row['packed']:.3f}",
+        ))  # fmt: skip
+    return table(head, lines)
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
