@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators", "kernels", "cuda_kernels", "targets", "training")  # that stand on a page of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels", "mobile", "targets", "training")  # on pages of their own
 
 
 def committed(kind: str, folder: Path = RESULTS) -> str:
@@ -37,8 +37,7 @@ def render(result: Mapping[str, Any]) -> str:
     draw = {
         "accuracy": accuracy, "speed": speed, "cost": cost, "decode": decode, "integer_operators": integer_operators,
         "kernels": kernels,
-        "cuda_kernels": cuda_kernels,
-        "targets": targets,
+        "cuda_kernels": cuda_kernels, "mobile": mobile, "targets": targets,
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
@@ -243,6 +242,20 @@ def _stage(name: str, stage: Row) -> str:
     if stage["exact"]:
         return f"{name}: the same bits"
     return f"{name}: {stage['error']:.2g} / {stage['reach']:.3g}, {100 * stage['same']:.1f} %"
+
+
+def mobile(result: Mapping[str, Any]) -> str:
+    """One row a package: what ships, file by file, against the packed weights."""
+    head = ("model", "recipe", "target", "ships, bytes", "of them", "packed weights, bytes", "ratio")
+    lines = []
+    for row in result["rows"]:
+        size = sum(row["shipped"].values())
+        files = ", ".join(f"{name} {number(one)}" for name, one in row["shipped"].items())
+        lines.append((
+            row["model"], f"`{row['recipe']}`", f"`{row['target']}`", number(size), files, number(row["packed"]),
+            f"{size / row['packed']:.3f}",
+        ))  # fmt: skip
+    return table(head, lines)
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

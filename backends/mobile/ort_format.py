@@ -7,16 +7,17 @@ ensures:  names of inputs and outputs stay; no optimisation that only one kind o
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
+from qcompile.backends.mobile import ort_convert
 from qcompile.calibration.runner import open_session, run_session
 from qcompile.environment import require_onnxruntime
 from qcompile.errors import UserError
@@ -42,35 +43,16 @@ def convert(folder: Path) -> None:
         what = f"the program has {weights / 1e9:.1f} GB, and an .ort file holds at most 2.1 GB"
         raise UserError(what, hint="take a recipe with fewer bits, or leave out runtime=onnxruntime")
     require_onnxruntime()
-    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
-
-    with _silenced() as told:
-        try:
-            styles = [OptimizationStyle.Fixed]
-            convert_onnx_models_to_ort(
-                folder / MODEL, optimization_styles=styles, target_platform="arm", enable_type_reduction=True
-            )
-        except Exception as error:  # whatever ONNX Runtime raises
-            hint = "the program runs as model.onnx: take --target cpu, and report this"
-            lines = str(error).strip().splitlines() or told.getvalue().splitlines()[-1:] or ["no reason given"]
-            raise UserError(f"ONNX Runtime cannot write {PROGRAM}: {lines[0][:300]}", hint=hint) from error
+    command = [sys.executable, "-P", ort_convert.__file__, str(folder / MODEL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        hint = "the program runs as model.onnx: take --target cpu, and report this"
+        lines = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"ONNX Runtime cannot write {PROGRAM}: {lines[0][:300]}", hint=hint)
     written = (folder / f"model.{OPERATORS}").read_text(encoding="utf-8").splitlines()
     (folder / f"model.{OPERATORS}").unlink()
     lines = [line for line in written if not line.startswith("#")]  # its comments hold absolute paths
     (folder / OPERATORS).write_text("\n".join([f"# Generated from {PROGRAM}", *lines, ""]), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[io.StringIO]:
-    """What ONNX Runtime's tools print and log goes into the buffer."""
-    told = io.StringIO()
-    known = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(told):
-            yield told
-    finally:
-        logging.disable(known)
 
 
 def usability(model: Path) -> dict[str, Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,10 +21,13 @@ class _Phone:
     """What both have in common: everything is done by the route that the options choose."""
 
     name: ClassVar[str]
+    runtime: str
+    arch: str
+    accuracy_level: Level
 
-    @property
+    @functools.cached_property
     def route(self) -> OrtPackage | TvmPackage:
-        raise NotImplementedError
+        return OrtPackage(self.name, self.accuracy_level) if self.runtime != "tvm" else TvmPackage(self.name, self.arch)
 
     @property
     def target(self) -> Target:
@@ -65,10 +69,6 @@ class Android(_Phone):
     arch: Literal["aarch64", "x86_64"] = "aarch64"
     accuracy_level: Level = 1
 
-    @property
-    def route(self) -> OrtPackage | TvmPackage:
-        return OrtPackage(self.name, self.accuracy_level) if self.runtime != "tvm" else TvmPackage(self.name, self.arch)
-
 
 @dataclasses.dataclass(frozen=True)
 class Ios(_Phone):
@@ -83,7 +83,3 @@ class Ios(_Phone):
     runtime: Literal["tvm", "onnxruntime"] = "tvm"
     arch: Literal["aarch64", "simulator"] = "aarch64"
     accuracy_level: Level = 1
-
-    @property
-    def route(self) -> OrtPackage | TvmPackage:
-        return OrtPackage(self.name, self.accuracy_level) if self.runtime != "tvm" else TvmPackage(self.name, self.arch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform as host
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,17 @@ _SAMPLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """What is known of a package only while it is made."""
-
-    program: Program
-    kernels: list[Kernel]
-
-
-_BUILT: dict[Path, Built] = {}  # by the folder of the package, until its facts are told
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TvmPackage:
-    """The route of ``platform`` ("android" or "ios") through TVM. ``arch``: a key of ANDROID or IOS."""
+    """The route of ``platform`` ("android" or "ios") through TVM. ``arch``: a key of ANDROID or IOS.
+
+    program, kernels: of the last package, for as long as this route is held
+    """
 
     platform: str
     arch: str = "aarch64"
+    program: Program | None = dataclasses.field(default=None, init=False)
+    kernels: Sequence[Kernel] = dataclasses.field(default=(), init=False)
 
     @property
     def system(self) -> System:
@@ -63,7 +57,7 @@ class TvmPackage:
         return require_translation(model)
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        return _BUILT[model.parent].kernels
+        return list(self.kernels)
 
     def package(self, model: ir.Model, folder: Path) -> None:
         from qcompile.backends.mobile.extract import extract
@@ -87,14 +81,14 @@ class TvmPackage:
         if self.system.platform:
             apple.write_framework(folder, self.system)
         self._write_samples(model, folder)
-        _BUILT[folder] = Built(Host(plan, module), found.products)
+        self.program, self.kernels = Host(plan, module), found.products
 
     def open(self, folder: Path) -> Program:
         """The program of ``package``, its kernels compiled for this machine."""
-        return _BUILT[folder].program
+        assert self.program is not None
+        return self.program
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        del _BUILT[folder]
         ship = [PLAN, PARAMETERS, self.system.library]
         here = host.machine()
         return {

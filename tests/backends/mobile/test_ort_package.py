@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
+import sys
 
 import numpy as np
 import onnxruntime as ort
@@ -11,6 +13,7 @@ import pytest
 
 import qcompile
 from qcompile.backends import by_name
+from qcompile.backends.mobile.ort_convert import ASK
 from qcompile.backends.mobile.ort_format import read_verdicts
 from qcompile.driver import CompiledModel
 from qcompile.errors import UserError
@@ -20,6 +23,10 @@ SAMPLES = {
     "android": ["android/app/build.gradle.kts", "android/app/src/main/kotlin/MainActivity.kt", "android/cpp/main.cc"],
     "ios": ["ios/Package.swift", "ios/Podfile", "ios/Sources/Program/Program.swift"],
 }
+
+
+# Elsewhere, and where a sandbox forbids fixed addresses, the order in an .ort file is drawn by chance.
+ORDERED = ["model.ort"] if sys.platform == "linux" and ctypes.CDLL(None).personality(ASK) >= 0 else []
 
 
 @functools.cache
@@ -74,14 +81,13 @@ def test_the_report_tells_what_was_run_and_what_was_not() -> None:
     assert "CoreML MLProgram" in html
 
 
-def test_the_same_program_gives_the_same_bytes_but_for_the_order_in_an_ort_file() -> None:
+def test_the_same_program_gives_the_same_bytes() -> None:
     again = qcompile.compile(
         cached_export("llama"), recipe="w4a16_g32", target="android{runtime=onnxruntime}", max_samples=2, max_length=16
     )
     with again:
-        for name in ("model.onnx", "required_operators_and_types.config", "README.md"):
+        for name in ("model.onnx", *ORDERED, "required_operators_and_types.config", "README.md"):
             assert (again.folder / name).read_bytes() == (compiled("android").folder / name).read_bytes()
-        assert (again.folder / "model.ort").stat().st_size == (compiled("android").folder / "model.ort").stat().st_size
 
 
 def test_verdicts_are_read_from_the_words_of_the_check() -> None:
