@@ -1,27 +1,23 @@
 """The target ``cuda``: a folder that a machine with an NVIDIA GPU runs.
 
-rewrite:  nodes -> kernels (``backends/tvm``), loops -> threads, calls -> launches of a plan
-needs:    TVM and nvcc; no GPU
-ensures:  integers exactly as ONNX computes them; the folder needs CUDA's driver and nothing of TVM
+rewrite:  what the chosen runtime wants: ``native`` (TVM and nvcc, the driver alone runs it), ``ort`` (ONNX Runtime)
+needs:    no GPU
+ensures:  see the routes
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel, Program, open_program, spelled
-from qcompile.backends.cuda import compiler
-from qcompile.backends.tvm.require import require_tvm
+from qcompile.backends.base import Kernel, Program, spelled
+from qcompile.backends.cuda.native import Native
+from qcompile.backends.cuda.ort import Ort
 from qcompile.pipeline import Arrays, Context, Target
-
-_BUILT: dict[Path, tuple[ir.Model, dict[str, Any]]] = {}  # by the folder of the package, until its facts are told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,74 +25,34 @@ class Cuda:
     """Options:
 
     arch: of the GPU: sm_80 for Ampere and Ada (A100, RTX 30 and 40), sm_90 for Hopper (H100, H200)
+    runtime: tvm makes machine code that needs CUDA's driver alone; onnxruntime a float16 model for its CUDA provider
     """
 
     name: ClassVar[str] = "cuda"
     arch: Literal["sm_80", "sm_90"] = "sm_80"
+    runtime: Literal["tvm", "onnxruntime"] = "tvm"
+
+    @property
+    def route(self) -> Native | Ort:
+        return Native(self.arch) if self.runtime == "tvm" else Ort()
 
     @property
     def target(self) -> Target:
         return Target(
-            name=spelled(self),
-            backend="tvm",
-            description="a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches",
-            kernels=("integer_linear", "weight_only_linear"),
+            name=spelled(self), backend=self.runtime, description=self.route.description, kernels=self.route.kernels
         )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
-        require_tvm()
-        from qcompile.backends.tvm.kernels.cuda.build import find_nvcc
-        from qcompile.backends.tvm.translate import check
-
-        find_nvcc()  # rather now than after the search for ranges
-
-        model.graph.sort()
-        check(model)
-        return 0
+        return self.route.lower(model, ctx)
 
     def kernels_of(self, model: Path) -> list[Kernel]:
-        from qcompile.backends.tvm.program import describe
-
-        kernels: list[Kernel] = describe(model.parent)["kernels"]
-        return kernels
+        return self.route.kernels_of(model)
 
     def package(self, model: ir.Model, folder: Path) -> None:
-        from qcompile.backends.cuda import package
-
-        _BUILT[folder] = model, package.write(model, folder, self.arch)
+        self.route.package(model, folder)
 
     def open(self, folder: Path) -> Program:
-        """The same translation, compiled for this machine's processor."""
-        from tvm import target
-
-        from qcompile.backends.tvm import package
-
-        with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
-            machine = target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu()})
-            package.write(_BUILT[folder][0], Path(scratch), machine)
-            return open_program(Path(scratch))
+        return self.route.open(folder)
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        from qcompile.backends.cuda.program import PARAMETERS
-        from qcompile.backends.tvm.program import FILE
-
-        _, taken = _BUILT.pop(folder)
-        ship = [compiler.CUBIN, FILE, PARAMETERS]
-        registers = max(kernel.registers for kernel in taken.values())
-        spilled = sum(kernel.spilled for kernel in taken.values())
-        instructions = compiler.counted((folder / compiler.PTX).read_text(encoding="utf-8"))
-        told = ", ".join(f"{count} {name}" for name, count in instructions.items())
-        return {
-            "ship": ship,
-            "bytes": sum((folder / name).stat().st_size for name in ship),
-            "run": [f"the same operators, compiled by LLVM for {platform.machine()}: the report's figures are theirs"],
-            "not_run": [
-                f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self.arch}, "
-                f"{registers} registers a thread at most, {spilled} bytes spilled; in PTX {told}"
-            ],
-            "arch": self.arch,
-            "kernels": len(taken),
-            "registers": registers,
-            "spilled": spilled,
-            "instructions": instructions,
-        }
+        return self.route.facts(folder, feeds)
