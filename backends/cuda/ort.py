@@ -41,7 +41,7 @@ class Ort:
         onnxruntime_cpu.raise_opset(model)
         grown: dict[int, ir.Value] = {}
         counts = {
-            "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger),
+            "attentions": attention.rewrite(model, ctx.workspace, ctx.ledger, chunks=False),
             "static linears": int8.rewrite_static(model, ctx.workspace, ctx.ledger),
             "weight-only linears": weight_only.rewrite(model, ctx.workspace, ctx.ledger, 1, grown),
             "tables": tables.rewrite(model, ctx.workspace, ctx.ledger, grown),
