@@ -65,7 +65,7 @@ class OnnxRuntimeCpu:
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         model.graph.sort()
-        _raise_opset(model)
+        raise_opset(model)
         grown: dict[int, ir.Value] = {}
         caches = cache.rewrite(model, ctx.workspace, ctx.ledger)
         counts = {
@@ -84,7 +84,7 @@ class OnnxRuntimeCpu:
             counts["chains"] = chains.rewrite(model, ctx.workspace)
             if not any(node.domain == DOMAIN and node.op_type in BODIES for node in model.graph):
                 warn("kernels=1 changed nothing: only int_only writes operators that have kernels")
-        _tidy(model, ctx.workspace, BODIES if self.kernels else ())
+        tidy(model, ctx.workspace, BODIES if self.kernels else ())
         name_products(model)
         facts["lowered"] = counts
         return sum(counts.values())
@@ -110,7 +110,8 @@ class OnnxRuntimeCpu:
                 initializers[name].const_value = tensor
 
 
-def _raise_opset(model: ir.Model) -> None:
+def raise_opset(model: ir.Model) -> None:
+    """Declare the operator sets that the lowering writes."""
     if model.opset_imports.get("", 0) < OPSET:
         model.opset_imports[""] = OPSET
         model.graph.opset_imports[""] = OPSET
@@ -118,7 +119,7 @@ def _raise_opset(model: ir.Model) -> None:
         imports.setdefault("com.microsoft", 1)
 
 
-def _tidy(model: ir.Model, workspace: Workspace, kept: Collection[str]) -> None:
+def tidy(model: ir.Model, workspace: Workspace, kept: Collection[str]) -> None:
     """Remove what nothing reads; write the functions of the project out, but for those that have a kernel."""
     common.RemoveUnusedNodesPass()(model)
     inline(model, workspace, kept)

@@ -16,77 +16,47 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results
+from qcompile.backends.cuda.forecast import GPUS, unit_of
 from qcompile.backends.tvm.kernels.cuda import build
+from qcompile.backends.tvm.kernels.cuda.products import FEW, Product
 
 COUNTED = (
     "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IDP.4A", "IMMA.16832", "HMMA.16816", "FFMA", "LDL", "STL",
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """Rates: bytes a second, and operations a second by unit."""
-
-    name: str
-    memory: float
-    units: dict[str, float]
-
-
-GPUS = {
-    "sm_80": Gpu("A100 40 GB", 1.555e12, {"int8": 624e12, "float16": 312e12, "float32": 19.5e12, "dp4a": 78e12}),
-    "sm_90": Gpu("H100 SXM", 3.35e12, {"int8": 1979e12, "float16": 989e12, "float32": 66.9e12, "dp4a": 134e12}),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A kernel on (m, k, n); ``unit``: what multiplies."""
-
-    source: str
-    kernel: str
-    unit: str
-    m: int
-    k: int
-    n: int
-
-    @property
-    def weight_bytes(self) -> float:
-        codes = self.k * self.n
-        return codes if self.source == "integer" else codes / 2 + self.k // build.Shape(1, 1).group * self.n * 5
-
-    @property
-    def bytes_moved(self) -> float:
-        """W, x and y once each."""
-        x = self.m * self.k * (1 if self.source == "integer" else 2)
-        return self.weight_bytes + x + self.m * self.n * 4
-
-    @property
-    def operations(self) -> float:
-        return 2.0 * self.m * self.k * self.n
-
-
 CASES = (
-    Case("nbits", "w4_rows", "float32", 1, 4096, 4096),
-    Case("nbits", "w4_rows", "float32", 1, 4096, 14336),
-    Case("nbits", "w4_gemm", "float16", 512, 4096, 4096),
-    Case("integer", "int8_rows", "dp4a", 1, 4096, 4096),
-    Case("integer", "int8_gemm", "int8", 512, 4096, 4096),
+    (Product("w4", "float32", 4096, 4096, 128), 1),
+    (Product("w4", "float32", 4096, 14336, 128), 1),
+    (Product("w4", "float32", 4096, 4096, 128), 512),
+    (Product("int8", "int8", 4096, 4096), 1),
+    (Product("int8", "uint8", 4096, 4096), 512),
 )
 
 
-def measured(case: Case, architecture: str) -> dict[str, Any]:
-    gpu = GPUS[architecture]
-    cubin, said = build.compile_source(case.source, build.Shape(case.k, case.n), architecture, "cubin")
-    used = build.resources(said)[case.kernel]
-    instructions = build.machine_code(cubin)[case.kernel]
+def measured(product: Product, rows: int, architecture: str) -> dict[str, Any]:
+    kernel = product.kernels[rows > FEW]
+    gpu, (unit, times) = GPUS[architecture], unit_of(kernel.name)
+    cubin, said = build.compile_product(product, architecture, "cubin")
+    instructions = build.machine_code(cubin)[kernel.name]
     counted = Counter(name for one in instructions for name in COUNTED if one.startswith(name))
-    shape = f"{case.m}x{case.k}x{case.n}"
+    shape = f"{rows}x{product.k}x{product.n}"
     return {
-        "key": f"{case.kernel} {shape} {architecture}", "kernel": case.kernel, "shape": shape,
-        "architecture": architecture, "gpu": gpu.name, "unit": case.unit, "resources": dataclasses.asdict(used),
+        "key": f"{kernel.name} {shape} {architecture}", "kernel": kernel.name, "shape": shape,
+        "architecture": architecture, "gpu": gpu.name, "unit": unit,
+        "resources": dataclasses.asdict(build.resources(said)[kernel.name]),
         "instructions": dict(counted), "size": len(instructions),
-        "memory_us": 1e6 * case.bytes_moved / gpu.memory, "unit_us": 1e6 * case.operations / gpu.units[case.unit],
+        "memory_us": 1e6 * bytes_moved(product, rows) / gpu.memory,
+        "unit_us": 1e6 * 2 * times * rows * product.k * product.n / gpu.units[unit],
     }  # fmt: skip
+
+
+def bytes_moved(product: Product, rows: int) -> float:
+    """W, x and y once each."""
+    codes = product.k * product.n
+    if product.kind == "w4":
+        codes = codes // 2 + product.k // product.group * product.n * 5
+    return codes + rows * (product.k * (1 if product.kind == "int8" else 4) + product.n * 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m benchmarks.cuda_kernels --out {given.out}"
     results = Results(given.out, "cuda_kernels", model="kernels", threads=1, command=command)
     for architecture in build.ARCHITECTURES:
-        for case in CASES:
-            results.add(measured(case, architecture) | {"compiler": build.compiler_version()})
+        for product, rows in CASES:
+            results.add(measured(product, rows, architecture) | {"compiler": build.compiler_version()})
     print(results.markdown())
 
 

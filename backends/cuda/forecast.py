@@ -1,8 +1,8 @@
 """How long a program would take at least: bytes and operations of each launch, at the rates that makers publish.
 
 A prediction, of no GPU's clock: a launch takes the longer of its bytes at the memory's rate (each tensor once) and its
-operations at its unit's rate, on as many multiprocessors as it has blocks. Left out: latency, caches, and the time
-that a launch itself takes, so small programs are slower than this.
+operations at its unit's rate, on as many multiprocessors as it has blocks. Left out are
+latency and caches; what launches themselves take is told beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 
 from qcompile.backends.mobile.plan import evaluate
 
+LENGTH = 128  # tokens of the texts that are forecast
 LONGEST = 8  # kernels that a forecast names
+LAUNCH = 2e-6  # seconds from the end of a kernel to the start of the next: an assumption, nobody publishes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +106,28 @@ def forecast(described: Mapping[str, Any], shapes: Sequence[Sequence[int]], gpu:
         "bytes": sum(cost.bytes for cost in every),
         "operations": sum(cost.operations for cost in every),
         "predicted_us": round(1e6 * sum(total.values()), 1),
+        "launches_us": round(1e6 * LAUNCH * len(every), 1),
         "longest": [
             {"kernel": name, "launches": len(by_kernel[name]), "predicted_us": round(1e6 * total[name], 1)}
             for name in first
         ],
     }
+
+
+def usual(described: Mapping[str, Any]) -> list[list[list[int]]]:
+    """Shapes of the inputs: a text of ``LENGTH`` tokens, and one token, after so many where there is a cache."""
+    shapes = [port["shape"] for port in described["inputs"]]
+    caches = [port["shape"] for port in described["inputs"] if not port["dtype"].startswith("int")]
+    batch = {shape[0] for shape in shapes}
+    past = {side for shape in caches for side in shape} - batch
+
+    def size(side: int | str, tokens: int, before: int) -> int:
+        if isinstance(side, int):
+            return side
+        parts = [part.strip() for part in side.split("+")]
+        return sum(1 if part in batch else before if part in past else tokens for part in parts)
+
+    return [
+        [[size(side, tokens, before) for side in shape] for shape in shapes]
+        for tokens, before in ((LENGTH, 0), (1, LENGTH if caches else 0))
+    ]

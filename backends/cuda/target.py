@@ -1,62 +1,59 @@
 """The target ``cuda``: a folder that a machine with an NVIDIA GPU runs.
 
-needs:    TVM and nvcc; no GPU
-ensures:  what ``backends/gpu`` does; the folder needs CUDA's driver and nothing of TVM
+rewrite:  what the chosen runtime wants: ``native`` (TVM and nvcc, the driver alone runs it), ``ort`` (ONNX Runtime)
+needs:    no GPU
+ensures:  see the routes
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.cuda import compiler
-from qcompile.backends.gpu.target import STAND_IN, GpuTarget
-from qcompile.pipeline import Arrays, Context
+from qcompile.backends.base import Kernel, Program, spelled
+from qcompile.backends.cuda.native import Native
+from qcompile.backends.cuda.ort import Ort
+from qcompile.pipeline import Arrays, Context, Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Cuda(GpuTarget):
+class Cuda:
     """Options:
 
     arch: of the GPU: sm_80 for Ampere and Ada (A100, RTX 30 and 40), sm_90 for Hopper (H100, H200)
+    runtime: tvm makes machine code that needs CUDA's driver alone; onnxruntime a float16 model for its CUDA provider
     """
 
     name: ClassVar[str] = "cuda"
-    description: ClassVar[str] = "a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches"
     arch: Literal["sm_80", "sm_90"] = "sm_80"
+    runtime: Literal["tvm", "onnxruntime"] = "tvm"
+
+    @functools.cached_property
+    def route(self) -> Native | Ort:
+        return Native(self.arch) if self.runtime == "tvm" else Ort()
 
     @property
-    def kind(self) -> dict[str, str]:
-        return {"kind": self.name, "arch": self.arch}
+    def target(self) -> Target:
+        return Target(
+            name=spelled(self), backend=self.runtime, description=self.route.description, kernels=self.route.kernels
+        )
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
-        from qcompile.backends.tvm.kernels.cuda.build import find_nvcc
+        return self.route.lower(model, ctx)
 
-        find_nvcc()  # rather now than after the search for ranges
-        return super().lower(model, ctx)
+    def kernels_of(self, model: Path) -> list[Kernel]:
+        return self.route.kernels_of(model)
 
-    def write_source(self, source: str, folder: Path) -> None:
-        self.held["resources"] = compiler.compile_source(source, self.arch, folder)
+    def package(self, model: ir.Model, folder: Path) -> None:
+        self.route.package(model, folder)
+
+    def open(self, folder: Path) -> Program:
+        return self.route.open(folder)
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        taken = self.held["resources"]
-        registers = max(kernel.registers for kernel in taken.values())
-        spilled = sum(kernel.spilled for kernel in taken.values())
-        instructions = compiler.counted((folder / compiler.PTX).read_text(encoding="utf-8"))
-        told = ", ".join(f"{count} {name}" for name, count in instructions.items())
-        return self.shipped(folder, compiler.CUBIN) | {
-            "run": [STAND_IN],
-            "not_run": [
-                f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self.arch}, "
-                f"{registers} registers a thread at most, {spilled} bytes spilled; in PTX {told}"
-            ],
-            "arch": self.arch,
-            "kernels": len(taken),
-            "registers": registers,
-            "spilled": spilled,
-            "instructions": instructions,
-        }
+        return self.route.facts(folder, feeds)

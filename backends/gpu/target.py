@@ -29,6 +29,7 @@ class GpuTarget(abc.ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
+    kernels: ClassVar[tuple[str, ...]] = KERNELS
 
     @property
     def kind(self) -> dict[str, str]:
@@ -37,7 +38,7 @@ class GpuTarget(abc.ABC):
 
     @property
     def target(self) -> Target:
-        return Target(name=spelled(self), backend="tvm", description=self.description, kernels=KERNELS)
+        return Target(name=spelled(self), backend="tvm", description=self.description, kernels=self.kernels)
 
     @functools.cached_property
     def held(self) -> dict[str, Any]:

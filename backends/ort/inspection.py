@@ -26,7 +26,7 @@ def kernels(path: Path) -> list[Kernel]:
     order = {name: place for place, name in enumerate(known)}
     products = [node for node in _optimised(path).graph if node.op_type in PRODUCTS]
     products.sort(key=lambda node: order.get(_plain(node), len(order)))
-    found = [_described(node, known) for node in products]
+    found = [described(node, known) for node in products]
     return [k for place, k in enumerate(found) if k["kernel"] != "Attention" or k not in found[:place]]
 
 
@@ -44,7 +44,8 @@ def _plain(node: ir.Node) -> str:
     return _FUSED.sub("", str(node.name))
 
 
-def _described(node: ir.Node, known: dict[str, ir.Node]) -> Kernel:
+def described(node: ir.Node, known: dict[str, ir.Node]) -> Kernel:
+    """How ``node`` runs; ``known``: the nodes of the packaged program by name."""
     source = known.get(_plain(node))
     site = source.metadata_props.get(SITE, "") if source is not None else ""
     low_bit = node.op_type in LOW_BIT

@@ -131,6 +131,7 @@ __device__ __forceinline__ void gemm(const float *__restrict__ x, const uint4 *_
     uint4 code[4];
     fetch(xs[0], x, row0, m, 0, k);
     copies_sent();
+#pragma unroll 1
     for (int piece = 0; piece < pieces; piece++) {
         int start = piece * DEPTH;
         if (piece + 1 < pieces) fetch(xs[(piece + 1) % 2], x, row0, m, start + DEPTH, k);
@@ -145,13 +146,12 @@ __device__ __forceinline__ void gemm(const float *__restrict__ x, const uint4 *_
         float part[2][4][4] = {};
 #pragma unroll
         for (int s = 0; s < 8; s++) {
-            int at = start + s * 16;
-            if (at >= k) break;
+            int at = start + s * 16, grid = least(at / group, groups - 1); /* behind k, x is zero */
             uint32_t b[4][2];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int64_t column = least(column0 + j * 8 + lane / 4, n - 1);
-                uint32_t base = base_of(zero[column * groups + at / group]);
+                uint32_t base = base_of(zero[column * groups + grid]);
                 uint32_t words[4] = {code[j].x, code[j].y, code[j].z, code[j].w};
                 uint32_t bits = words[s / 2] >> (s % 2 * 16), spread = (bits & 0xffu) | (bits & 0xff00u) << 8;
                 b[j][0] = unpacked(spread, base), b[j][1] = unpacked(spread >> 4, base);
@@ -166,7 +166,7 @@ __device__ __forceinline__ void gemm(const float *__restrict__ x, const uint4 *_
                     for (int j = 0; j < 4; j++) multiply_pairs(part[i][j], a[p], b[j][0], b[j][1]);
                 }
             }
-            if ((at + 16) % group == 0 || s == 7 || at + 16 >= k) add_group(sums, part, scale, column0, n, groups, at / group);
+            if ((at + 16) % group == 0 || s == 7) add_group(sums, part, scale, column0, n, groups, grid);
         }
         __syncthreads();
     }
