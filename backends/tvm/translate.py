@@ -18,7 +18,7 @@ import tvm
 from tvm import relax, tirx
 
 from qcompile.backends.base import Kernel
-from qcompile.backends.tvm.notes import Activation, Rows
+from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.operation import DTYPES, Operation, attributes_of, constant_of
 from qcompile.backends.tvm.operators import CONVERTERS, ELEMENTWISE, OWN
 from qcompile.backends.tvm.operators.rows import in_one_kernel
@@ -228,7 +228,8 @@ def _spelled(node: ir.Node) -> str:
 def _is_shared(result: Tensor, value: ir.Value) -> bool:
     """Whether ``result`` is computed once for all that read it, instead of by each."""
     several = len(value.uses()) > 1 or value.is_graph_output()
-    return several and result.cost > 0 and result.leaf is None and not isinstance(result.note, Activation | Rows)
+    is_codes = isinstance(result.note, Activation | Rows | Weight)
+    return several and result.cost > 0 and result.leaf is None and not is_codes
 
 
 def _initializer(value: ir.Value) -> Known:

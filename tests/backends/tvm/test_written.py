@@ -193,6 +193,22 @@ def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, cen
     assert packed.codes.max() < 2**bits
 
 
+@with_units
+def test_a_table_of_embeddings_and_head_is_never_made_of_floats() -> None:
+    weights = {
+        "codes": RANDOM.integers(-128, 128, (70, 64)).astype(np.int8), "scale": RANDOM.random(70, np.float32),
+    }  # fmt: skip
+    text = (
+        "g (int64[b, n] ids) => (float[b, n, 70] y) { table = DequantizeLinear <axis = 0> (codes, scale)"
+        " x = Gather (table, ids) turned = Transpose <perm = [1, 0]> (table) y = MatMul (x, turned) }"
+    )
+    program = both(text, weights, target=HOST)
+    assert kernels_of(program) == [("matmul_nbits", True)]
+    names = {variable.name_hint for variable in program.found.module.get_global_vars()}
+    assert "gather" in names and not any("dequantize" in name for name in names), names
+    program.close(2e-6, ids=np.array([[0, 69, 7]]))
+
+
 # --------------------------------------------------------------------------- attention
 
 
