@@ -19,8 +19,6 @@ from qcompile.commands.tables import pass_options
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PASSES_PAGE = ROOT / "docs" / "passes.md"
-INTEGER_PAGE = ROOT / "docs" / "integer.md"
-KERNEL_PAGE = ROOT / "docs" / "kernels.md"
 
 
 def passes() -> str:
@@ -92,13 +90,15 @@ PARTS: dict[str, Callable[[], str]] = {
     "targets": targets,
     "numbers": numbers,
 }
-INTEGER_PARTS: dict[str, Callable[[], str]] = {"operators": lambda: committed("integer_operators")}
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "integer": {"operators": lambda: committed("integer_operators")},
+    "kernels": {"kernels": lambda: committed("kernels"), "cuda": lambda: committed("cuda_kernels")},
+    "tvm": {"targets": lambda: committed("targets")},
+}  # in docs/
 
 
-KERNEL_PARTS: dict[str, Callable[[], str]] = {
-    "kernels": lambda: committed("kernels"),
-    "cuda": lambda: committed("cuda_kernels"),
-}
+def page(name: str) -> Path:
+    return ROOT / "docs" / f"{name}.md"
 
 
 def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
@@ -115,5 +115,6 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
 if __name__ == "__main__":
     README.write_text(filled(README.read_text(), PARTS))
     PASSES_PAGE.write_text(passes_page())
-    INTEGER_PAGE.write_text(filled(INTEGER_PAGE.read_text(), INTEGER_PARTS))
-    KERNEL_PAGE.write_text(filled(KERNEL_PAGE.read_text(), KERNEL_PARTS))
+    for name, parts in PAGES.items():
+        path = page(name)
+        path.write_text(filled(path.read_text(), parts))

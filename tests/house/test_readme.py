@@ -7,15 +7,13 @@ import pytest
 
 from benchmarks.tables import table
 from tests.house.readme_sections import (
-    INTEGER_PAGE,
-    INTEGER_PARTS,
-    KERNEL_PAGE,
-    KERNEL_PARTS,
+    PAGES,
     PARTS,
     PASSES_PAGE,
     README,
     ROOT,
     filled,
+    page,
     passes_page,
 )
 
@@ -30,14 +28,10 @@ def test_the_page_of_passes_is_up_to_date() -> None:
     assert PASSES_PAGE.read_text() == passes_page(), "run: python -m tests.house.readme_sections"
 
 
-def test_the_page_of_integers_is_up_to_date() -> None:
-    text = INTEGER_PAGE.read_text()
-    assert filled(text, INTEGER_PARTS) == text, "run: python -m tests.house.readme_sections"
-
-
-def test_the_page_of_kernels_is_up_to_date() -> None:
-    text = KERNEL_PAGE.read_text()
-    assert filled(text, KERNEL_PARTS) == text, "run: python -m tests.house.readme_sections"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_parts_of_a_page_are_up_to_date(name: str) -> None:
+    text = page(name).read_text()
+    assert filled(text, PAGES[name]) == text, "run: python -m tests.house.readme_sections"
 
 
 def test_a_stale_part_is_replaced_and_the_rest_is_kept() -> None:
