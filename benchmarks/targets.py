@@ -11,6 +11,7 @@ more, one at a time. Programs that --programs already holds are not made again. 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -45,7 +46,7 @@ def row(wanted: options.Wanted, model: str, out: Path, done: Finished, compared:
     made: dict[str, Any] = {
         "key": f"{model} {wanted.name} {wanted.target}",
         "model": model,
-        "name": wanted.name,
+        "name": dataclasses.replace(wanted, target=options.TARGET).name,
         "target": wanted.target,
         "seconds": done.result.get("seconds"),
         "cpu_seconds": done.cpu_seconds,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     onnx = options.model(given.model, with_past=isinstance(data, protocol.WikiText))
     with tempfile.TemporaryDirectory(prefix="qcompile-bench-") as scratch:
         folder = options.programs(given, Path(scratch))
-        batches = [protocol.feeds([ids]) for ids in data.calibration(given.samples)]
+        batches = [protocol.feeds([ids[: given.context]]) for ids in data.calibration(given.samples)]
         calibration = protocol.write_calibration(batches, Path(scratch) / "calibration")
         asked = {"bench": given.model, "data": data.data, "tokenizer": data.tokenizer} | about
         for text in given.rows.split(","):

@@ -16,10 +16,11 @@ import numpy as np
 from qcompile.backends.tvm import kernels
 from qcompile.backends.tvm.kernels.api import LARGEST_SUM
 from qcompile.backends.tvm.kernels.attention import LANES, AttentionProduct
+from qcompile.backends.tvm.kernels.joined import joined
 from qcompile.backends.tvm.kernels.packing import CODE_BITS
 from qcompile.backends.tvm.notes import Activation, Rows, Weight
 from qcompile.backends.tvm.scopes import Program
-from qcompile.backends.tvm.values import Tensor
+from qcompile.backends.tvm.values import Tensor, simplified
 
 SCHEDULED = "tirx.is_scheduled"
 UNITS = ("amx", "vnni", "sdot")  # elsewhere the loops of ``linears`` stay
@@ -124,6 +125,22 @@ def attention(
         ("attention", heads, groups, depth, width, scale, stretched),
         lambda: _plain(AttentionProduct(heads, groups, depth, width, scale, stretched).primitive("attention")),
         [program.force(tensor) for tensor in (q, k, v, held)], (*q.shape[:-1], width), "float32",
+    )  # fmt: skip
+
+
+def grown(program: Program, parts: Sequence[Tensor], axis: int) -> Tensor | None:
+    """``parts`` one after the other, such as a cache and what it grows by; None where no part is of dynamic length."""
+    dynamic = any(not isinstance(part.shape[axis], int) for part in parts)
+    if program.target is None or not dynamic or axis == parts[0].rank - 1:
+        return None
+    shapes = tuple(tuple(side if isinstance(side, int) else None for side in part.shape) for part in parts)
+    total = parts[0].shape[axis]
+    for part in parts[1:]:
+        total = simplified(total + part.shape[axis])
+    shape, dtype = [*parts[0].shape[:axis], total, *parts[0].shape[axis + 1 :]], parts[0].dtype
+    return program.written(
+        ("joined", shapes, axis, dtype), lambda: _plain(joined(shapes, axis, dtype)),
+        [program.force(part) for part in parts], shape, dtype,
     )  # fmt: skip
 
 

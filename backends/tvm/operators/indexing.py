@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from qcompile.backends.tvm import written
 from qcompile.backends.tvm.operation import Operation, rank_of
 from qcompile.backends.tvm.operators.shapes import dims_known
-from qcompile.backends.tvm.scopes import Scope
+from qcompile.backends.tvm.scopes import Program, Scope
 from qcompile.backends.tvm.values import Dim, Known, Tensor, Value, expression, immediate, simplified, spelled, view
 
 _FAR = 2**31 - 1
@@ -139,6 +140,9 @@ def _concat(scope: Scope, op: Operation) -> Value:
             return dims_known(dims, values[0].dtype)
         return Known(np.concatenate(arrays, axis), values[0].dtype)
     parts = [scope.tensor(value) for value in values]
+    found = written.grown(scope, parts, axis) if isinstance(scope, Program) else None
+    if found is not None:
+        return found
     parts = [scope.force(part) if part.cost > CHEAP else part for part in parts]
     return joined(parts, axis)
 

@@ -193,6 +193,22 @@ def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, cen
     assert packed.codes.max() < 2**bits
 
 
+@with_units
+def test_a_table_of_embeddings_and_head_is_never_made_of_floats() -> None:
+    weights = {
+        "codes": RANDOM.integers(-128, 128, (70, 64)).astype(np.int8), "scale": RANDOM.random(70, np.float32),
+    }  # fmt: skip
+    text = (
+        "g (int64[b, n] ids) => (float[b, n, 70] y) { table = DequantizeLinear <axis = 0> (codes, scale)"
+        " x = Gather (table, ids) turned = Transpose <perm = [1, 0]> (table) y = MatMul (x, turned) }"
+    )
+    program = both(text, weights, target=HOST)
+    assert kernels_of(program) == [("matmul_nbits", True)]
+    names = {variable.name_hint for variable in program.found.module.get_global_vars()}
+    assert "gather" in names and not any("dequantize" in name for name in names), names
+    program.close(2e-6, ids=np.array([[0, 69, 7]]))
+
+
 # --------------------------------------------------------------------------- attention
 
 
@@ -227,3 +243,18 @@ def test_a_score_that_is_no_number_spoils_its_row_alone() -> None:
     q[0, 0, 1, 3] = np.nan
     y = both(text, target=HOST).run(q=q, k=k, v=k, m=np.zeros(20, np.float32))[1]["y"]
     assert (y[0, 0, 0] == 1).all() and np.isnan(y[0, 0, 1]).all()
+
+
+def test_a_cache_and_what_it_grows_by_are_copied_row_by_row() -> None:
+    text = (
+        "g (float[b, 3, p, 8] past, float[b, n, 24] x) => (float[b, 3, t, 8] y, float[b, q, 24] z) {"
+        " heads = Reshape (x, shape) new = Transpose <perm = [0, 2, 1, 3]> (heads) y = Concat <axis = 2> (past, new)"
+        " z = Concat <axis = 1> (one, x, x) }"
+    )
+    weights = {"shape": np.array([0, 0, 3, 8]), "one": np.ones((1, 2, 24), np.float32)}
+    program = both(text, weights, target=HOST)
+    names = {variable.name_hint for variable in program.found.module.get_global_vars()}
+    assert {"joined", "joined1"} <= names and "concat" not in names
+    for past, length in ((5, 1), (0, 4), (3, 0)):
+        drawn = (RANDOM.normal(size=size).astype(np.float32) for size in ((1, 3, past, 8), (1, length, 24)))
+        program.same(**dict(zip(("past", "x"), drawn, strict=True)))
