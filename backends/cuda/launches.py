@@ -59,8 +59,8 @@ def compiled(module: tvm.IRModule, kernels: Sequence[str], target: Target) -> tu
     split = _Split()
     with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
         made = tvm.compile(tvm.IRModule(functions), target=target)
-    (code,) = made.mod.imports
-    sources = (code.inspect_source("cuda"), library(products), *(product.source for product in products))
+    theirs = [code.inspect_source("cuda") for code in made.mod.imports]  # none where all is ours
+    sources = (*theirs, library(products), *(product.source for product in products))
     return "\n".join(sources), split.module
 
 

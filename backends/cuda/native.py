@@ -7,7 +7,6 @@ ensures:  integers exactly as ONNX computes them; the folder needs CUDA's driver
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import tempfile
 from collections.abc import Iterable
@@ -21,16 +20,16 @@ from qcompile.backends.cuda import compiler
 from qcompile.backends.tvm.require import require_tvm
 from qcompile.pipeline import Arrays, Context
 
-_BUILT: dict[Path, tuple[ir.Model, dict[str, Any]]] = {}  # by the folder of the package, until its facts are told
 
-
-@dataclasses.dataclass(frozen=True)
 class Native:
     """The route of machine code for ``arch``."""
 
-    arch: str
     description: ClassVar[str] = "a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches"
     kernels: ClassVar[tuple[str, ...]] = ("int8_gemm", "w4_gemm", "integer_linear", "weight_only_linear")
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch
+        self._model: ir.Model | None = None  # what was packaged
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()
@@ -52,17 +51,17 @@ class Native:
     def package(self, model: ir.Model, folder: Path) -> None:
         from qcompile.backends.cuda import package
 
-        _BUILT[folder] = model, package.write(model, folder, self.arch)
+        self._model = model
+        package.write(model, folder, self._arch)
 
     def open(self, folder: Path) -> Program:
         """The same translation, compiled for this machine's processor."""
-        from tvm import target
-
         from qcompile.backends.tvm import package
+        from qcompile.backends.tvm.backend import TvmLlvm
 
+        assert self._model is not None
         with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
-            machine = target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu()})
-            package.write(_BUILT[folder][0], Path(scratch), machine)
+            package.write(self._model, Path(scratch), TvmLlvm().machine())
             return open_program(Path(scratch))
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
@@ -70,12 +69,12 @@ class Native:
         from qcompile.backends.cuda.program import PARAMETERS
         from qcompile.backends.tvm.program import FILE, describe
 
-        _, taken = _BUILT.pop(folder)
         described = describe(folder)
+        taken = described["resources"]
         forecasts = [forecast(described, shapes, gpu) for shapes in usual(described) for gpu in GPUS.values()]
         ship = [compiler.CUBIN, FILE, PARAMETERS]
-        registers = max(kernel.registers for kernel in taken.values())
-        spilled = sum(kernel.spilled for kernel in taken.values())
+        registers = max(kernel["registers"] for kernel in taken)
+        spilled = sum(kernel["spilled"] for kernel in taken)
         instructions = compiler.counted((folder / compiler.PTX).read_text(encoding="utf-8"))
         told = ", ".join(f"{count} {name}" for name, count in instructions.items())
         return {
@@ -83,11 +82,11 @@ class Native:
             "bytes": sum((folder / name).stat().st_size for name in ship),
             "run": [f"the same operators, compiled by LLVM for {platform.machine()}: the report's figures are theirs"],
             "not_run": [
-                f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self.arch}, "
+                f"{compiler.CUBIN}, for want of a GPU: {len(taken)} kernels compiled by nvcc for {self._arch}, "
                 f"{registers} registers a thread at most, {spilled} bytes spilled; in PTX {told}",
                 *(_told(one) for one in forecasts),
             ],
-            "arch": self.arch,
+            "arch": self._arch,
             "kernels": len(taken),
             "registers": registers,
             "spilled": spilled,

@@ -27,8 +27,8 @@ from qcompile.errors import UserError
 from qcompile.progress import step
 
 
-def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resources]:
-    """Compile ``model`` into ``folder``; what each kernel takes of the GPU."""
+def write(model: ir.Model, folder: Path, architecture: str) -> None:
+    """Compile ``model`` into ``folder``."""
     target = Target({"kind": "cuda", "arch": architecture}, host="llvm")
     found = translated(model, tiles=False, target=target)
     module = schedule(found.module)
@@ -44,13 +44,13 @@ def write(model: ir.Model, folder: Path, architecture: str) -> dict[str, Resourc
     with (folder / PARAMETERS).open("wb") as file:
         for piece in plan.pieces():
             file.write(piece)
-    _describe(model, folder, architecture, found.products, plan, launches)
-    return taken
+    _describe(model, folder, architecture, found.products, plan, launches, taken)
 
 
 def _describe(
-    model: ir.Model, folder: Path, architecture: str, products: Sequence[Kernel], plan: Plan, launches: list[Launch]
-) -> None:
+    model: ir.Model, folder: Path, architecture: str, products: Sequence[Kernel], plan: Plan, launches: list[Launch],
+    taken: dict[str, Resources],
+) -> None:  # fmt: skip
     described: dict[str, Any] = {
         "format": FORMAT,
         "device": "cuda",
@@ -64,6 +64,7 @@ def _describe(
         "slots": [dataclasses.asdict(slot) for slot in plan.slots],
         "input_slots": [slot for _, slot in plan.inputs],
         "output_slots": [slot for _, slot in plan.outputs],
+        "resources": [{"kernel": name, **dataclasses.asdict(taken[name])} for name in sorted(taken)],
         "launches": [dataclasses.asdict(launch) for launch in launches],
     }
     lines = [f' "{key}": {_text(described[key])}' for key in sorted(described)]

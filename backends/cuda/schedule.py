@@ -20,11 +20,11 @@ THREADS, LANES = 256, 32
 
 
 def schedule(module: tvm.IRModule) -> tvm.IRModule:
-    """``module`` with every PrimFunc bound to the threads of a GPU."""
-    found = {
-        variable: _bound(function) if isinstance(function, tirx.PrimFunc) and SCHEDULED not in function.attrs else function
-        for variable, function in module.functions.items()
-    }
+    """``module`` with every PrimFunc that has no schedule yet bound to the threads of a GPU."""
+    found = {}
+    for variable, function in module.functions.items():
+        waits = isinstance(function, tirx.PrimFunc) and not (function.attrs and SCHEDULED in function.attrs)
+        found[variable] = _bound(function) if waits else function
     return tvm.IRModule(found, attrs=module.attrs)
 
 

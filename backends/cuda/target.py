@@ -8,6 +8,7 @@ ensures:  see the routes
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,7 +33,7 @@ class Cuda:
     arch: Literal["sm_80", "sm_90"] = "sm_80"
     runtime: Literal["tvm", "onnxruntime"] = "tvm"
 
-    @property
+    @functools.cached_property
     def route(self) -> Native | Ort:
         return Native(self.arch) if self.runtime == "tvm" else Ort()
 

@@ -228,7 +228,8 @@ def _spelled(node: ir.Node) -> str:
 def _is_shared(result: Tensor, value: ir.Value) -> bool:
     """Whether ``result`` is computed once for all that read it, instead of by each."""
     several = len(value.uses()) > 1 or value.is_graph_output()
-    return several and result.cost > 0 and result.leaf is None and not isinstance(result.note, Activation | Rows | Weight)
+    is_codes = isinstance(result.note, Activation | Rows | Weight)
+    return several and result.cost > 0 and result.leaf is None and not is_codes
 
 
 def _initializer(value: ir.Value) -> Known:

@@ -75,7 +75,7 @@ def test_the_manifest_tells_what_was_compiled_and_that_it_was_not_run() -> None:
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the source runs on a CPU through g++: apt install g++")
-@pytest.mark.parametrize(("rows", "length", "padding"), [(1, 1, 0), (1, 17, 0), (3, 9, 5)])
+@pytest.mark.parametrize(("rows", "length", "padding"), [(1, 1, 0), (1, 17, 0), (2, 5, 3)])
 def test_the_source_gives_onnx_runtimes_bits(rows: int, length: int, padding: int) -> None:
     feeds: Arrays = {name: np.pad(array, ((0, 0), (0, padding))) for name, array in texts(rows, length).items()}
     device, session = emulated()
