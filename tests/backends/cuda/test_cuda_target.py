@@ -118,3 +118,12 @@ def test_a_misspelt_arch_gets_the_nearest() -> None:
 def test_targets_list_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["targets"]) == 0
     assert "options of cuda" in capsys.readouterr().out
+
+
+def test_nvcc_of_pip_is_found_where_none_is_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert build.find_nvcc() == str(tool)
