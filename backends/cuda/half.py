@@ -112,7 +112,8 @@ class _Halver:
         back.name = f"{output.name}.float"
         node.graph.insert_before(node, [made, back])  # type: ignore[union-attr]
         self._count += 1
-        for old, new in zip(node.outputs, [back.outputs[0] if one is inner else one for one in made.outputs], strict=True):
+        ends = [back.outputs[0] if one is inner else one for one in made.outputs]
+        for old, new in zip(node.outputs, ends, strict=True):
             new.dtype, new.shape = old.dtype, old.shape
             name = old.name
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -18,14 +18,15 @@ from qcompile.backends.gpu.target import KERNELS, STAND_IN, GpuTarget
 from qcompile.pipeline import Arrays, Context
 
 
-@dataclasses.dataclass(frozen=True)
 class Native(GpuTarget):
     """The route of machine code for ``arch``."""
 
-    arch: str
     name: ClassVar[str] = "cuda"
     description: ClassVar[str] = "a folder for NVIDIA GPUs: CUDA source, PTX, machine code, a plan of launches"
     kernels: ClassVar[tuple[str, ...]] = ("int8_gemm", "w4_gemm", *KERNELS)
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
 
     @property
     def kind(self) -> dict[str, str]:
@@ -38,16 +39,20 @@ class Native(GpuTarget):
         return super().lower(model, ctx)
 
     def write_source(self, source: str, folder: Path) -> None:
-        self.held["resources"] = compiler.compile_source(source, self.arch, folder)
+        from qcompile.backends.gpu import package
+
+        taken = compiler.compile_source(source, self.arch, folder)
+        package.tell(folder, {"resources": [{"kernel": name, **dataclasses.asdict(taken[name])} for name in sorted(taken)]})
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
         from qcompile.backends.cuda.forecast import GPUS, forecast, usual
         from qcompile.backends.tvm.program import describe
 
-        taken, described = self.held["resources"], describe(folder)
+        described = describe(folder)
+        taken = described["resources"]
         forecasts = [forecast(described, shapes, gpu) for shapes in usual(described) for gpu in GPUS.values()]
-        registers = max(kernel.registers for kernel in taken.values())
-        spilled = sum(kernel.spilled for kernel in taken.values())
+        registers = max(kernel["registers"] for kernel in taken)
+        spilled = sum(kernel["spilled"] for kernel in taken)
         instructions = compiler.counted((folder / compiler.PTX).read_text(encoding="utf-8"))
         told = ", ".join(f"{count} {name}" for name, count in instructions.items())
         return self.shipped(folder, compiler.CUBIN) | {

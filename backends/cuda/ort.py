@@ -1,4 +1,4 @@
-"""The target ``cuda`` through ONNX Runtime's CUDA provider: float16, 4-bit weights in MatMulNBits, int8 in MatMulInteger.
+"""The target ``cuda`` through ONNX Runtime's CUDA provider: float16, MatMulNBits, int8 in MatMulInteger.
 
 rewrite:  weight-only linears -> MatMulNBits, static linears -> MatMulInteger, the project's functions -> operators
 needs:    no GPU; onnxruntime-gpu where it runs

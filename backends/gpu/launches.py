@@ -59,9 +59,9 @@ def compiled(module: tvm.IRModule, kernels: Sequence[str], target: Target) -> tu
     split = _Split()
     with tvm.transform.PassContext(instruments=[split], config={"tirx.disable_assert": True}, disabled_pass=[SLOW]):
         made = tvm.compile(tvm.IRModule(functions), target=target)
-    (code,) = made.mod.imports
+    theirs = [code.inspect_source() for code in made.mod.imports]  # none where all is ours
     written = (library(products), *(product.source for product in products)) if products else ()
-    return "\n".join((code.inspect_source(), *written)), split.module
+    return "\n".join((*theirs, *written)), split.module
 
 
 def launches_of(plan: Plan, module: tvm.IRModule, host: tvm.IRModule) -> list[Launch]:

@@ -19,7 +19,7 @@ from qcompile.backends.gpu.schedule import schedule
 from qcompile.backends.mobile.extract import extract
 from qcompile.backends.mobile.plan import Plan
 from qcompile.backends.tvm.package import port_of
-from qcompile.backends.tvm.program import FILE, FORMAT
+from qcompile.backends.tvm.program import FILE, FORMAT, describe
 from qcompile.backends.tvm.translate import translated
 from qcompile.errors import UserError
 from qcompile.progress import step
@@ -45,11 +45,16 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
     return source
 
 
+def tell(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add ``facts`` to program.json."""
+    _save(folder, {**describe(folder), **facts})
+
+
 def _describe(
     model: ir.Model, folder: Path, kind: Mapping[str, str], products: Sequence[Kernel], plan: Plan,
     launches: Sequence[Launch],
 ) -> None:  # fmt: skip
-    described: dict[str, Any] = {
+    described = {
         "format": FORMAT,
         "device": kind["kind"],
         "arch": kind.get("arch", ""),
@@ -64,6 +69,10 @@ def _describe(
         "output_slots": [slot for _, slot in plan.outputs],
         "launches": [dataclasses.asdict(launch) for launch in launches],
     }
+    _save(folder, described)
+
+
+def _save(folder: Path, described: Mapping[str, Any]) -> None:
     lines = [f' "{key}": {_text(described[key])}' for key in sorted(described)]
     (folder / FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcompile.backends.mobile.plan import evaluate
-from qcompile.backends.tvm.program import Port, describe
+from qcompile.backends.mobile.plan import derived, evaluate
+from qcompile.backends.tvm.program import Ports, describe
 from qcompile.errors import UserError
 
 PARAMETERS = "program.parameters"
@@ -26,16 +26,6 @@ class Device(Protocol):
     def upload(self, place: int, array: np.ndarray) -> None: ...
     def download(self, array: np.ndarray, place: int) -> None: ...
     def launch(self, kernel: str, grid: int, block: int, arguments: Sequence[Any]) -> None: ...
-
-
-class Result:
-    """An output, as ONNX Runtime gives them."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-
-    def numpy(self) -> np.ndarray:
-        return self._array
 
 
 def opened(folder: Path) -> Session:
@@ -54,13 +44,12 @@ def opened(folder: Path) -> Session:
     raise UserError(what, hint="compile with --target opencl for a GPU of this machine, or with --target cpu")
 
 
-class Session:
+class Session(Ports):
     """The program in ``folder`` with the methods of an ONNX Runtime session, on ``device``."""
 
     def __init__(self, folder: Path, device: Device) -> None:
         self._described = described = describe(folder)
-        self._inputs = [Port(**port) for port in described["inputs"]]
-        self._outputs = [Port(**port) for port in described["outputs"]]
+        super().__init__(described)
         self._slots: list[dict[str, Any]] = described["slots"]
         self._device = device
         self._parameters = self._uploaded(np.fromfile(folder / PARAMETERS, np.uint8))
@@ -69,19 +58,7 @@ class Session:
             if slot["place"] == "temporary":
                 self._last.setdefault(slot["last"], []).append(number)
 
-    def get_inputs(self) -> list[Port]:
-        return self._inputs
-
-    def get_outputs(self) -> list[Port]:
-        return self._outputs
-
-    def run_with_ort_values(self, names: Sequence[str] | None, values: Mapping[str, Any]) -> list[Result]:
-        feeds = {name: value if isinstance(value, np.ndarray) else value.numpy() for name, value in values.items()}
-        return [Result(array) for array in self.run(names, feeds)]
-
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs ``names`` (all, in order, for None) of one set of inputs."""
-        given = [self._given(port, feeds) for port in self._inputs]
+    def _made(self, given: list[Any]) -> list[np.ndarray]:
         variables = [given[number].shape[axis] for number, axis in self._described["variables"]]
         dims = [evaluate(code, variables) for code in self._described["expressions"]]
         held: dict[int, int] = {}
@@ -90,12 +67,14 @@ class Session:
                 self._check(slot, array, dims)
                 held[slot] = self._on_device(array)
             self._follow(held, dims)
-            made = [self._fetched(slot, held, dims) for slot in self._described["output_slots"]]
+            ends = zip(self._outputs, self._described["output_slots"], strict=True)
+            return [self._fetched(slot, held, dims).astype(port.dtype, copy=False) for port, slot in ends]
         finally:
             for place in held.values():
                 self._device.free(place)
-        by_name = dict(zip((port.name for port in self._outputs), made, strict=True))
-        return made if names is None else [by_name[name] for name in names]
+
+    def _taken(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array)
 
     def _follow(self, held: dict[int, int], dims: Sequence[int]) -> None:
         launches = self._described["launches"]
@@ -139,7 +118,7 @@ class Session:
                 rows, columns = (dims[dim] for dim in slot["dims"])
                 begin = self._slots[slot["source"]]["source"]
                 table = content[begin : begin + rows * columns].reshape(columns, rows)
-                found[number] = self._on_device(np.ascontiguousarray(table.T + np.uint8(slot["addend"])))
+                found[number] = self._on_device(derived(table, slot["addend"]))
             else:
                 begin = slot["source"]
                 if begin not in shared:
@@ -151,16 +130,6 @@ class Session:
         place = self._device.allocate(array.nbytes)
         self._device.upload(place, array)
         return place
-
-    def _given(self, port: Port, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        if port.name not in feeds:
-            names = ", ".join(p.name for p in self._inputs)
-            raise UserError(f"the input '{port.name}' is missing", hint=f"the program takes {names}")
-        array = np.ascontiguousarray(feeds[port.name])
-        if array.dtype.name != port.dtype or array.ndim != len(port.shape or []):
-            what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
-            raise UserError(what, hint=f"it must be {port.dtype} {tuple(port.shape or [])}")
-        return array
 
     def _check(self, slot: int, array: np.ndarray, dims: Sequence[int]) -> None:
         shape = tuple(dims[dim] for dim in self._slots[slot]["dims"])

@@ -24,7 +24,7 @@ def schedule(module: tvm.IRModule, *, rows: bool) -> tvm.IRModule:
     loops = {
         variable: _bound(function, rows)
         for variable, function in module.functions.items()
-        if isinstance(function, tirx.PrimFunc) and SCHEDULED not in function.attrs
+        if isinstance(function, tirx.PrimFunc) and not (function.attrs and SCHEDULED in function.attrs)
     }
     found = {**module.functions, **loops}
     return tvm.IRModule(found, attrs=module.attrs)

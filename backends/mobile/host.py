@@ -9,7 +9,7 @@ import tvm
 from tvm import ir
 from tvm.target import Target
 
-from qcompile.backends.mobile.plan import Plan, Slot
+from qcompile.backends.mobile.plan import Plan, Slot, derived
 from qcompile.errors import UserError
 from qcompile.pipeline import Arrays
 
@@ -71,5 +71,4 @@ class Host:
 
 def _derived(slot: Slot, plan: Plan) -> np.ndarray:
     table = plan.parameters[plan.slots[slot.source].source]
-    found: np.ndarray = (table.view(np.uint8).T + np.uint8(slot.addend)).view(slot.dtype)
-    return np.asarray(found, order="C")
+    return derived(table, slot.addend).view(slot.dtype)

@@ -142,6 +142,11 @@ def _is_table(array: np.ndarray) -> bool:
     return array.ndim == 2 and array.itemsize == 1 and array.dtype != np.bool_ and array.size > LEAST
 
 
+def derived(table: np.ndarray, addend: int) -> np.ndarray:
+    """The bytes of a derived tensor, from its parameter."""
+    return np.ascontiguousarray(table.view(np.uint8).T + np.uint8(addend))
+
+
 def evaluate(code: Code, variables: Sequence[int]) -> int:
     """The number that ``code`` makes of ``variables``."""
     stack: list[int] = []

@@ -46,7 +46,7 @@ class TvmLlvm:
         require_tvm()
         from qcompile.backends.tvm import written
 
-        if self.accuracy_level == 4 and written.unit(self._machine()) not in written.ROUNDING_UNITS:
+        if self.accuracy_level == 4 and written.unit(self.machine()) not in written.ROUNDING_UNITS:
             hint = "leave accuracy_level out, or name a processor with AVX-512 VNNI: llvm{mcpu=icelake-server}"
             raise UserError("accuracy_level=4 has no kernel for this processor", where=self.name, hint=hint)
         return require_translation(model)
@@ -60,9 +60,9 @@ class TvmLlvm:
         require_tvm()
         from qcompile.backends.tvm import package
 
-        package.write(model, folder, self._machine(), accuracy_level=self.accuracy_level)
+        package.write(model, folder, self.machine(), accuracy_level=self.accuracy_level)
 
-    def _machine(self) -> Any:
+    def machine(self) -> Any:
         """What TVM compiles for."""
         from tvm import target
 

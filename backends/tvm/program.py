@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
@@ -47,7 +48,7 @@ class Held:
         self.tensor = tensor
 
     def numpy(self) -> np.ndarray:
-        found: np.ndarray = self.tensor.numpy()
+        found: np.ndarray = self.tensor if isinstance(self.tensor, np.ndarray) else self.tensor.numpy()
         return found
 
 
@@ -80,28 +81,12 @@ def _in_onnx(port: dict[str, Any]) -> dict[str, Any]:
     return {"name": port["name"], "type": _ONNX.get(port["dtype"], port["dtype"].upper()), "shape": port["shape"]}
 
 
-class Session:
-    """The program in ``folder``, ready to run on this machine."""
+class Ports(abc.ABC):
+    """Inputs and outputs of a described program, with the methods of an ONNX Runtime session."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        tvm = require_tvm()
-        from tvm import relax
-
-        self._tvm, described = tvm, describe(folder)
+    def __init__(self, described: Mapping[str, Any]) -> None:
         self._inputs = [Port(**port) for port in described["inputs"]]
         self._outputs = [Port(**port) for port in described["outputs"]]
-        self._device = tvm.device(described["device"])
-        try:
-            library = tvm.runtime.load_module(str(folder / LIBRARY))
-            self._machine = relax.VirtualMachine(library, self._device)
-        except Exception as error:  # a library for another processor, a runtime that is not in this TVM
-            what = f"TVM cannot load '{folder / LIBRARY}': {str(error).strip().splitlines()[-1][:300]}"
-            hint = "was it compiled for this machine? `qcompile targets` says what runs here"
-            raise UserError(what, hint=hint) from error
-        tvm.get_global_func("runtime.config_threadpool")(1, threads or os.cpu_count() or 1)
-        held = parameters.read(folder / PARAMETERS)
-        self._parameters = [self._tensor(held[name]) for name in described["parameters"]]
-        self._run = self._machine["main"]
 
     def get_inputs(self) -> list[Port]:
         return self._inputs
@@ -115,10 +100,17 @@ class Session:
 
     def run_with_ort_values(self, names: Sequence[str] | None, values: Mapping[str, Any]) -> list[Held]:
         """The same without copies of what an earlier run gave."""
-        found = self._run(*(self._given(port, values) for port in self._inputs), *self._parameters)
-        results = [found] if len(self._outputs) == 1 else list(found)
-        by_name = {port.name: Held(result) for port, result in zip(self._outputs, results, strict=True)}
+        made = self._made([self._given(port, values) for port in self._inputs])
+        by_name = {port.name: Held(result) for port, result in zip(self._outputs, made, strict=True)}
         return list(by_name.values()) if names is None else [by_name[name] for name in names]
+
+    @abc.abstractmethod
+    def _made(self, given: list[Any]) -> Sequence[Any]:
+        """The outputs in order, of inputs in order."""
+
+    @abc.abstractmethod
+    def _taken(self, array: np.ndarray) -> Any:
+        """``array`` as the program takes it."""
 
     def _given(self, port: Port, values: Mapping[str, Any]) -> Any:
         if port.name not in values:
@@ -135,7 +127,34 @@ class Session:
         if array.dtype.name != port.dtype or not fits:
             what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
             raise UserError(what, hint=f"it must be {port.dtype} {tuple(shape)}")
-        return self._tensor(array)
+        return self._taken(array)
 
-    def _tensor(self, array: np.ndarray) -> Any:
+
+class Session(Ports):
+    """The program in ``folder``, ready to run on this machine."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        tvm = require_tvm()
+        from tvm import relax
+
+        described = describe(folder)
+        super().__init__(described)
+        self._tvm, self._device = tvm, tvm.device(described["device"])
+        try:
+            library = tvm.runtime.load_module(str(folder / LIBRARY))
+            self._machine = relax.VirtualMachine(library, self._device)
+        except Exception as error:  # a library for another processor, a runtime that is not in this TVM
+            what = f"TVM cannot load '{folder / LIBRARY}': {str(error).strip().splitlines()[-1][:300]}"
+            hint = "was it compiled for this machine? `qcompile targets` says what runs here"
+            raise UserError(what, hint=hint) from error
+        tvm.get_global_func("runtime.config_threadpool")(1, threads or os.cpu_count() or 1)
+        held = parameters.read(folder / PARAMETERS)
+        self._parameters = [self._taken(held[name]) for name in described["parameters"]]
+        self._run = self._machine["main"]
+
+    def _made(self, given: list[Any]) -> Sequence[Any]:
+        found = self._run(*given, *self._parameters)
+        return [found] if len(self._outputs) == 1 else list(found)
+
+    def _taken(self, array: np.ndarray) -> Any:
         return self._tvm.runtime.tensor(np.asarray(array, order="C"), self._device)

@@ -75,7 +75,7 @@ def test_the_manifest_tells_what_was_compiled_and_that_it_was_not_run() -> None:
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the source runs on a CPU through g++: apt install g++")
-@pytest.mark.parametrize(("rows", "length", "padding"), [(1, 1, 0), (1, 17, 0), (3, 9, 5)])
+@pytest.mark.parametrize(("rows", "length", "padding"), [(1, 1, 0), (1, 17, 0), (2, 5, 3)])
 def test_the_source_gives_onnx_runtimes_bits(rows: int, length: int, padding: int) -> None:
     feeds: Arrays = {name: np.pad(array, ((0, 0), (0, padding))) for name, array in texts(rows, length).items()}
     device, session = emulated()
@@ -118,3 +118,12 @@ def test_a_misspelt_arch_gets_the_nearest() -> None:
 def test_targets_list_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["targets"]) == 0
     assert "options of cuda" in capsys.readouterr().out
+
+
+def test_nvcc_of_pip_is_found_where_none_is_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert build.find_nvcc() == str(tool)
