@@ -42,7 +42,8 @@ class Native(GpuTarget):
         from qcompile.backends.gpu import package
 
         taken = compiler.compile_source(source, self.arch, folder)
-        package.tell(folder, {"resources": [{"kernel": name, **dataclasses.asdict(taken[name])} for name in sorted(taken)]})
+        resources = [{"kernel": name, **dataclasses.asdict(taken[name])} for name in sorted(taken)]
+        package.tell(folder, {"resources": resources})
 
     def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
         from qcompile.backends.cuda.forecast import GPUS, forecast, usual
