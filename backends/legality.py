@@ -66,7 +66,7 @@ _CPU = (
     Legal("cache", (FLOAT,), (), ("per_token",), (8, 4), "codes, scales and zero points as inputs and outputs"),
 )
 BY_TVM = ("llvm", "cuda", "opencl", "metal", "android", "ios")
-TABLE: dict[str, tuple[Legal, ...]] = {"cpu": _CPU, **dict.fromkeys(BY_TVM, _TVM)}
+TABLE: dict[str, tuple[Legal, ...]] = {"cpu": _CPU, **dict.fromkeys((*BY_TVM, "webgpu"), _TVM)}
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place
 INTEGER_ONLY = ("cpu", *BY_TVM)  # targets that run what int_only writes, with the same bits
 

@@ -62,6 +62,11 @@ def _describe(
         "output_slots": [slot for _, slot in plan.outputs],
         "launches": [dataclasses.asdict(launch) for launch in launches],
     }
+    save(described, folder)
+
+
+def save(described: Mapping[str, Any], folder: Path) -> None:
+    """Write ``described``, what a loader must know, into ``folder``."""
     lines = [f' "{key}": {_text(described[key])}' for key in sorted(described)]
     (folder / FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -90,7 +90,8 @@ class Session:
                 self._check(slot, array, dims)
                 held[slot] = self._on_device(array)
             self._follow(held, dims)
-            made = [self._fetched(slot, held, dims) for slot in self._described["output_slots"]]
+            ends = zip(self._outputs, self._described["output_slots"], strict=True)
+            made = [self._fetched(slot, held, dims).astype(port.dtype, copy=False) for port, slot in ends]
         finally:
             for place in held.values():
                 self._device.free(place)
