@@ -17,6 +17,7 @@ TARGETS: dict[str, str] = {
     "cuda": "qcompile.backends.cuda.target:Cuda",
     "opencl": "qcompile.backends.opencl.target:OpenCl",
     "metal": "qcompile.backends.metal.target:Metal",
+    "webgpu": "qcompile.backends.webgpu.target:WebGpu",
     "android": "qcompile.backends.mobile.targets:Android",
     "ios": "qcompile.backends.mobile.targets:Ios",
 }
@@ -51,7 +52,7 @@ def missing(name: str) -> str:
         return "" if find_library("cuda") else "no driver of an NVIDIA GPU; it compiles here where nvcc is"
     if ".opencl." in TARGETS[name]:
         return "" if find_library("OpenCL") else "no OpenCL; it compiles here where TVM is"
-    if ".metal." in TARGETS[name]:
+    if any(part in TARGETS[name] for part in (".metal.", ".webgpu.")):
         return "it writes source, which nothing here compiles or runs"
     if ".tvm." in TARGETS[name]:
         return "" if is_installed() else f"tvm is not installed: {INSTALL}"

@@ -80,7 +80,7 @@ _CPU = (
 BY_TVM = ("llvm", "cuda", "opencl", "metal", "android", "ios")
 TABLE: dict[str, tuple[Legal, ...]] = {
     "cpu": _CPU,
-    **dict.fromkeys(BY_TVM, _tvm("2, 4 or 8")),
+    **dict.fromkeys((*BY_TVM, "webgpu"), _tvm("2, 4 or 8")),
     "llvm": (*_LLVM, *_tvm("2, 3, 4 or 8")),
 }
 LENIENT = ("cpu",)  # runs what it has no kernel for in float, and says so for each place

@@ -47,7 +47,7 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
 
 def tell(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add ``facts`` to program.json."""
-    _save(folder, {**describe(folder), **facts})
+    save({**describe(folder), **facts}, folder)
 
 
 def _describe(
@@ -69,10 +69,11 @@ def _describe(
         "output_slots": [slot for _, slot in plan.outputs],
         "launches": [dataclasses.asdict(launch) for launch in launches],
     }
-    _save(folder, described)
+    save(described, folder)
 
 
-def _save(folder: Path, described: Mapping[str, Any]) -> None:
+def save(described: Mapping[str, Any], folder: Path) -> None:
+    """Write ``described``, what a loader must know, into ``folder``."""
     lines = [f' "{key}": {_text(described[key])}' for key in sorted(described)]
     (folder / FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

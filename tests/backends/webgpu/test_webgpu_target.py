@@ -1,0 +1,83 @@
+"""The target webgpu: WGSL that an implementation of WebGPU takes, its numbers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-nn[tvm]"')
+
+import qcompile
+from qcompile.backends.base import open_session
+from qcompile.backends.gpu.program import Session
+from qcompile.backends.webgpu import wgsl
+from qcompile.backends.webgpu.target import WebGpu
+from qcompile.errors import UserError
+from qcompile.models.architectures import cached_export
+from tests.backends.gpu import small
+from tests.backends.webgpu.device import OnWgpu
+from tests.integer.programs import texts
+
+
+def test_bytes_are_taken_out_of_words() -> None:
+    text = (
+        "@group(0) @binding(0) var<storage, read> x_ptr : array<i8>;\n"
+        "@group(0) @binding(1) var<storage, read_write> y_ptr : array<u8>;\n"
+        "@compute @workgroup_size(256, 1, 1)\nfn __cast(\n  y_ptr[i] = u8(x_ptr[(i + u32(u8(3)))]);\n"
+    )
+    found = wgsl.written(wgsl.Kernel("__cast", text), packed=[0])
+    index = "(i + u32((u32(3) & 255u)))"
+    read = f"(bitcast<i32>(x_ptr[u32({index}) >> 2u] << (24u - ((u32({index}) & 3u) * 8u))) >> 24u)"
+    assert found.splitlines()[-1] == f"  y_ptr[i] = u32((u32({read}) & 255u));"
+    assert "fn cast(" in found and "x_ptr : array<u32>" in found and "y_ptr : array<u32>" in found
+
+
+def test_a_buffer_under_two_names_is_bound_once() -> None:
+    bound = "@group(0) @binding({}) var<storage, {}> {} : array<f32>;\n"
+    text = "".join(bound.format(*one) for one in ((0, "read", "x"), (1, "read", "r"), (2, "read_write", "r_1")))
+    text += "@group(0) @binding(3) var<uniform> a : A;\nr_1[0] = r[0] + x[0];\n"
+    found = wgsl.merged(wgsl.Kernel("k", text), {2: 1})
+    assert [line[:60] for line in found.text.splitlines()] == [
+        "@group(0) @binding(0) var<storage, read> x : array<f32>;",
+        "@group(0) @binding(1) var<storage, read_write> r : array<f32",
+        "@group(0) @binding(2) var<uniform> a : A;",
+        "r[0] = r[0] + x[0];",
+    ]
+
+
+def test_a_small_program_gives_onnx_runtimes_bits(tmp_path: Path) -> None:
+    folder = small.written(WebGpu(), tmp_path / "out")
+    small.check(Session(folder, OnWgpu(folder)), tmp_path)
+
+
+def test_it_is_called_source_and_cannot_be_opened(tmp_path: Path) -> None:
+    webgpu = WebGpu()
+    folder = small.written(webgpu, tmp_path / "out")
+    facts = webgpu.facts(folder, [])
+    assert "source only, neither compiled nor run" in facts["not_run"][0]
+    assert sorted(facts["ship"])[:2] == ["program.json", "program.parameters"]
+    with pytest.raises(UserError, match="source of a program for webgpu, which nothing here compiles or runs"):
+        open_session(folder)
+
+
+def test_products_of_64_bits_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="takes products of 64-bit integers, which WGSL does not have") as caught:
+        qcompile.compile(
+            cached_export("bert"), recipe="w8a8_static", passes="os_plus,int_only", target="webgpu", max_samples=2,
+            max_length=16,
+        )  # fmt: skip
+    assert "--target opencl or metal" in str(caught.value.hint)
+
+
+@pytest.mark.slow
+def test_a_decoder_of_packed_weights_is_as_close_as_its_sums(tmp_path: Path) -> None:
+    path, options = cached_export("llama"), {"max_samples": 2, "max_length": 16}
+    folder = tmp_path / "out"
+    qcompile.compile(path, recipe="w4a16_g32", target="webgpu", output=folder, **options).close()
+    given = {name: array.astype(np.int32) for name, array in texts(3, 9).items()}
+    (found,) = Session(folder, OnWgpu(folder)).run(None, given)
+    with qcompile.compile(path, recipe="w4a16_g32", **options) as cpu:
+        expected = cpu.run(texts(3, 9))["logits"]
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
