@@ -114,6 +114,17 @@ def open_session(path: Path, *, threads: int | None = None, library: Path | None
     return Session(found, threads)
 
 
+def longest_text(folder: Path) -> int:
+    """Tokens that the program in ``folder`` has positions for, where that is not seen in its graph."""
+    from qcompile.calibration.inputs import UNLIMITED
+
+    if not (folder / TVM_PROGRAM).is_file():
+        return UNLIMITED
+    from qcompile.backends.tvm.program import describe
+
+    return int(describe(folder)["longest"])
+
+
 def program_interface(folder: Path) -> dict[str, Any]:
     """Names, types and shapes of the inputs and outputs of the program in ``folder``, as the manifest has them."""
     from qcompile.instruments import interface

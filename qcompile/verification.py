@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import backends, manifest
-from qcompile.backends.base import Program, open_program, program_interface
+from qcompile.backends.base import Program, longest_text, open_program, program_interface
 from qcompile.calibration.samples import Sample, proof_samples
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
@@ -56,7 +56,8 @@ def verify(
         taken = take(source, workspace, allow_pickle=allow_pickle, with_past=_exports_past(source, record))
         words = tokenizer if tokenizer is not None else taken.tokenizer
         count = record["calibration"]["samples"]  # the same ones are held out then
-        samples, _ = take_samples(taken.model, calibration, words, count, max_length, record["seed"])
+        length = min(max_length, longest_text(folder))
+        samples, _ = take_samples(taken.model, calibration, words, count, length, record["seed"])
         some = proof_samples(taken.model, samples)
         checks.append(_runs(program, some))
         if original is not None:

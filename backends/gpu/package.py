@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import tvm
 from tvm.target import Target
 
 from qcompile.backends.base import Kernel
@@ -18,8 +17,8 @@ from qcompile.backends.gpu.program import PARAMETERS
 from qcompile.backends.gpu.schedule import schedule
 from qcompile.backends.mobile.extract import extract
 from qcompile.backends.mobile.plan import Plan
-from qcompile.backends.tvm.package import port_of
-from qcompile.backends.tvm.program import FILE, FORMAT, describe
+from qcompile.backends.tvm.package import common
+from qcompile.backends.tvm.program import FILE, describe
 from qcompile.backends.tvm.translate import translated
 from qcompile.errors import UserError
 from qcompile.progress import step
@@ -55,12 +54,9 @@ def _describe(
     launches: Sequence[Launch],
 ) -> None:  # fmt: skip
     described = {
-        "format": FORMAT,
+        **common(model),
         "device": kind["kind"],
         "arch": kind.get("arch", ""),
-        "tvm": tvm.__version__,
-        "inputs": [port_of(value) for value in model.graph.inputs],
-        "outputs": [port_of(value) for value in model.graph.outputs],
         "kernels": list(products),
         "variables": plan.variables,
         "expressions": plan.expressions,

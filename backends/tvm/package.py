@@ -17,6 +17,7 @@ from qcompile.backends.tvm.operation import DTYPES
 from qcompile.backends.tvm.pipeline import build
 from qcompile.backends.tvm.program import FILE, FORMAT, LIBRARY, PARAMETERS
 from qcompile.backends.tvm.translate import translated
+from qcompile.calibration.positions import position_limits
 from qcompile.errors import UserError
 from qcompile.progress import step
 
@@ -51,18 +52,26 @@ def _describe(
     model: ir.Model, folder: Path, target: Any, held: dict[str, np.ndarray], products: Sequence[Kernel]
 ) -> None:
     described = {
-        "format": FORMAT,
-        "tvm": tvm.__version__,
+        **common(model),
         "target": {key: value for key, value in target.export().items() if key != "tag"},
         "device": {"llvm": "cpu"}.get(target.kind.name, target.kind.name),
         "function": "main",
-        "inputs": [port_of(value) for value in model.graph.inputs],
-        "outputs": [port_of(value) for value in model.graph.outputs],
         "parameters": list(held),
         "kernels": list(products),
     }
     text = json.dumps(described, indent=1, sort_keys=True, default=str)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def common(model: ir.Model) -> dict[str, Any]:
+    """What every ``program.json`` has; ``longest``: tokens that there are positions for."""
+    return {
+        "format": FORMAT,
+        "tvm": tvm.__version__,
+        "inputs": [port_of(value) for value in model.graph.inputs],
+        "outputs": [port_of(value) for value in model.graph.outputs],
+        "longest": position_limits(model)[0],
+    }
 
 
 def port_of(value: ir.Value) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qcompile.backends.tvm.require import require_tvm
 from qcompile.errors import UserError
 
 FILE, LIBRARY, PARAMETERS = "program.json", "program.so", "parameters.safetensors"
-FORMAT = 1
+FORMAT = 2
 _KINDS = {
     "float32": "float", "float64": "double", "float16": "float16", "int64": "int64", "int32": "int32", "int8": "int8",
     "uint8": "uint8", "bool": "bool",
@@ -87,6 +87,7 @@ class Ports(abc.ABC):
     def __init__(self, described: Mapping[str, Any]) -> None:
         self._inputs = [Port(**port) for port in described["inputs"]]
         self._outputs = [Port(**port) for port in described["outputs"]]
+        self._longest: int = described["longest"]
 
     def get_inputs(self) -> list[Port]:
         return self._inputs
@@ -127,6 +128,9 @@ class Ports(abc.ABC):
         if array.dtype.name != port.dtype or not fits:
             what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
             raise UserError(what, hint=f"it must be {port.dtype} {tuple(shape)}")
+        if array.ndim == 2 and array.dtype.kind == "i" and array.shape[1] > self._longest:
+            what = f"the input '{port.name}' has {array.shape[1]} tokens, but the program has {self._longest} positions"
+            raise UserError(what, hint=f"cut it to {self._longest} tokens")
         return self._taken(array)
 
 

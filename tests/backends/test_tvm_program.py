@@ -80,6 +80,15 @@ def test_a_wrong_input_is_named(folder: Path) -> None:
         program({**feeds, "input_ids": feeds["input_ids"].astype(np.float32)})
 
 
+def test_a_text_longer_than_the_positions_is_refused_and_verify_asks_for_none(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    qcompile.compile(cached_export("bert"), recipe="float", target="llvm", max_samples=2, max_length=16, output=folder)
+    assert json.loads((folder / "program.json").read_text())["longest"] == 64
+    with pytest.raises(UserError, match="has 65 tokens, but the program has 64 positions"):
+        open_program(folder)(texts(1, 65))
+    assert cli.main(["verify", str(folder)]) == 0
+
+
 def test_a_decoder_with_its_cache_says_what_it_says_without(tmp_path: Path) -> None:
     path, out = cached_export("llama", with_past=True), tmp_path / "past"
     qcompile.compile(path, recipe="w4a16_g32", target="llvm", max_samples=2, max_length=16, output=out).close()
