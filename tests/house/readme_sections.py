@@ -93,7 +93,7 @@ PARTS: dict[str, Callable[[], str]] = {
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "integer": {"operators": lambda: committed("integer_operators")},
     "kernels": {"kernels": lambda: committed("kernels"), "cuda": lambda: committed("cuda_kernels")},
-    "tvm": {"targets": lambda: committed("targets")},
+    "tvm": {"targets": lambda: committed("targets"), "decode": lambda: committed("smollm2_decode_tvm")},
 }  # in docs/
 
 
