@@ -13,12 +13,13 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 TITLES = {"minilm": "MiniLM (all-MiniLM-L6-v2)", "smollm2": "SmolLM2 (SmolLM2-135M-Instruct)", "operators": "Operators"}
 
-PAGES = ("integer_operators", "kernels", "cuda_kernels", "mobile", "targets", "training")  # on pages of their own
+# kinds, or files, that stand on pages of their own
+PAGES = ("integer_operators", "kernels", "cuda_kernels", "mobile", "smollm2_decode_tvm", "targets", "training")
 
 
-def committed(kind: str, folder: Path = RESULTS) -> str:
-    """The committed table of a kind that stands on a page of its own."""
-    return render(json.loads((folder / f"{kind}.json").read_text(encoding="utf-8")))
+def committed(name: str, folder: Path = RESULTS) -> str:
+    """The committed table of a file that stands on a page of its own."""
+    return render(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def all_results(folder: Path = RESULTS) -> str:
@@ -26,7 +27,7 @@ def all_results(folder: Path = RESULTS) -> str:
     parts = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["kind"] in PAGES:
+        if result["kind"] in PAGES or path.stem in PAGES:
             continue
         parts.append(f"### {TITLES[result['model']]}: {result['kind']}\n\n{render(result)}")
     return "\n\n".join(parts)

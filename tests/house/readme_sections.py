@@ -85,7 +85,10 @@ PAGES: Mapping[Path, Parts] = {
     ROOT / "docs" / "benchmarks.md": {"results": all_results},
     ROOT / "docs" / "integer.md": {"operators": lambda: committed("integer_operators")},
     ROOT / "docs" / "kernels.md": {"kernels": lambda: committed("kernels"), "cuda": lambda: committed("cuda_kernels")},
-    ROOT / "docs" / "tvm.md": {"targets": lambda: committed("targets")},
+    ROOT / "docs" / "tvm.md": {
+        "targets": lambda: committed("targets"),
+        "decode": lambda: committed("smollm2_decode_tvm"),
+    },
 }
 
 

@@ -195,7 +195,7 @@ def test_codes_in_the_fewest_bits(low: int, high: int, zero: int, bits: int, cen
 
 @with_units
 def test_a_table_of_embeddings_and_head_is_never_made_of_floats() -> None:
-    weights = {
+    weights: dict[str, np.ndarray] = {
         "codes": RANDOM.integers(-128, 128, (70, 64)).astype(np.int8), "scale": RANDOM.random(70, np.float32),
     }  # fmt: skip
     text = (
