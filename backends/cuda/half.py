@@ -52,7 +52,7 @@ class _Halver:
         """Types that shape inference does not find: those of other domains' operators."""
         first = node.inputs[1 if node.op_type == "Where" else 0] if node.inputs else None
         for output in node.outputs:
-            if output.dtype is None and first is not None:
+            if output.dtype is None and first is not None and first.dtype is not None:
                 output.dtype = FLOAT if first.dtype == HALF else first.dtype
 
     def _as(self, value: ir.Value, kind: ir.DataType, reader: ir.Node) -> ir.Value:
@@ -114,7 +114,7 @@ class _Halver:
         self._count += 1
         ends = [back.outputs[0] if one is inner else one for one in made.outputs]
         for old, new in zip(node.outputs, ends, strict=True):
-            new.dtype, new.shape = old.dtype, old.shape
+            new.type, new.shape = old.type, old.shape
             name = old.name
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             old.name, new.name = None, name

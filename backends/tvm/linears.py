@@ -25,11 +25,10 @@ PACKED = {2: 4, 4: 2}  # bits -> codes in a byte
 
 def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str, where: str) -> Tensor:
     """int32 sums of x (M, K) uint8 or int8 times ``codes`` (K, N)."""
-    on_gpu = gpu.is_gpu(program)
-    found = (gpu if on_gpu else written).integer(program, x, codes, name)
-    program.note(where, ("int8_gemm" if on_gpu else "matmul_integer") if found else "integer_linear")
+    found = gpu.integer(program, x, codes, name) if gpu.is_gpu(program) else written.integer(program, x, codes, name)
+    program.note(where, found[1] if found else "integer_linear")
     if found:
-        return found
+        return found[0]
     columns = codes.shape[1]
     held = program.parameter(f"{name}.codes", np.ascontiguousarray(codes), codes.dtype.name)
 
@@ -41,8 +40,7 @@ def integer_linear(program: Program, x: Tensor, codes: np.ndarray, name: str, wh
 
 def weight_only_linear(program: Program, x: Tensor, weight: Weight, where: str) -> Tensor:
     """x (M, K) float32 times a dequantised matrix, whose codes are packed to their bits."""
-    on_gpu = gpu.is_gpu(program)
-    found = (gpu if on_gpu else written).weight_only(program, x, weight)
+    found = gpu.weight_only(program, x, weight) if gpu.is_gpu(program) else written.weight_only(program, x, weight)
     program.note(where, found[1] if found else "weight_only_linear")
     if found:
         return found[0]

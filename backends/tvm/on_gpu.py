@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tvm
@@ -20,9 +20,9 @@ from qcompile.backends.tvm.kernels.api import LARGEST_SUM
 from qcompile.backends.tvm.kernels.cuda import layout
 from qcompile.backends.tvm.kernels.cuda.products import Product
 from qcompile.backends.tvm.notes import Weight
-from qcompile.backends.tvm.scopes import Program
+from qcompile.backends.tvm.scopes import Program, Scope
 from qcompile.backends.tvm.stages import wide
-from qcompile.backends.tvm.values import Dim, Known, Tensor, aligned, broadcast, expression, same, simplified
+from qcompile.backends.tvm.values import Dim, Tensor, Value, aligned, broadcast, expression, same, simplified
 from qcompile.backends.tvm.written import SCHEDULED, as_codes
 
 PRODUCT = "qcompile.product"  # the attribute of a PrimFunc that stands for kernels
@@ -30,18 +30,19 @@ BITS, LOAD = 4, 16
 MIDDLE = 128
 
 
-def is_gpu(program: Any) -> bool:
-    """Whether ``program`` takes these kernels."""
-    return isinstance(program, Program) and program.target is not None and program.target.kind.name == "cuda"
+def is_gpu(scope: Scope) -> TypeGuard[Program]:
+    """Whether ``scope`` is a program that takes these kernels."""
+    return isinstance(scope, Program) and scope.target is not None and scope.target.kind.name == "cuda"
 
 
-def integer(program: Program, x: Tensor, codes: np.ndarray, name: str) -> Tensor | None:
-    """int32 sums of x (M, K) times ``codes`` (K, N)."""
+def integer(program: Program, x: Tensor, codes: np.ndarray, name: str) -> tuple[Tensor, str] | None:
+    """int32 sums of x (M, K) times ``codes`` (K, N), and the name of the kernel."""
     depth, columns = codes.shape
     if codes.dtype != np.int8 or x.dtype not in ("int8", "uint8") or depth % LOAD or depth * 255 * 128 > LARGEST_SUM:
         return None
     held = program.parameter(f"{name}.rows", layout.columns_first(codes), "int8")
-    return _call(program, Product("int8", x.dtype, depth, columns), [x, held], (x.shape[0], columns), "int32")
+    product = Product("int8", x.dtype, depth, columns)
+    return _call(program, product, [x, held], (x.shape[0], columns), "int32"), "int8_gemm"
 
 
 def weight_only(program: Program, x: Tensor, weight: Weight) -> tuple[Tensor, str] | None:
@@ -67,7 +68,7 @@ def weight_only(program: Program, x: Tensor, weight: Weight) -> tuple[Tensor, st
     return _call(program, product, [x, *held], (x.shape[0], columns), "float32"), "w4_gemm"
 
 
-def batched(program: Program, a: Tensor, b: Tensor, less: Sequence[Known | None]) -> Tensor | None:
+def batched(program: Program, a: Tensor, b: Tensor, less: Sequence[Value | None]) -> Tensor | None:
     """int32 sums of a (..., M, K) times b (..., K, N), batches broadcast; ``less``: scalars to be subtracted first."""
     left, right = (_codes(value, zero) for value, zero in zip((a, b), less, strict=True))
     if left is None or right is None or right.dtype != "int8":
@@ -95,9 +96,9 @@ def batched(program: Program, a: Tensor, b: Tensor, less: Sequence[Known | None]
     return _call(program, Product("int8", left.dtype), operands, (*batch, rows, columns), "int32")
 
 
-def _codes(x: Tensor, zero: Known | None) -> Tensor | None:
+def _codes(x: Tensor, zero: Value | None) -> Tensor | None:
     """x less ``zero`` in 8 bits; None where it does not fit them."""
-    if x.dtype not in ("int8", "uint8"):
+    if x.dtype not in ("int8", "uint8") or isinstance(zero, Tensor):
         return None
     if zero is None or not zero.array.any():
         return x

@@ -37,18 +37,19 @@ class Packed:
     bits: int
 
 
-def integer(program: Program, x: Tensor, codes: np.ndarray, name: str) -> Tensor | None:
-    """int32 sums of x (M, K) times ``codes`` (K, N)."""
+def integer(program: Program, x: Tensor, codes: np.ndarray, name: str) -> tuple[Tensor, str] | None:
+    """int32 sums of x (M, K) times ``codes`` (K, N), and the name of the kernel."""
     depth, columns = codes.shape
     if unit(program.target) not in UNITS or codes.dtype != np.int8 or x.dtype not in ("int8", "uint8"):
         return None
     if depth * 255 * 128 > LARGEST_SUM:
         return None
     held = [program.parameter(f"{name}.panels", kernels.pack_integer(codes), "int8")]
-    return _call(
+    result = _call(
         program, ("matmul_integer", depth, columns, x.dtype), x, held, columns, "int32",
         lambda: kernels.matmul_integer(depth, columns, x.dtype, program.target),
     )  # fmt: skip
+    return result, "matmul_integer"
 
 
 def weight_only(program: Program, x: Tensor, weight: Weight) -> tuple[Tensor, str] | None:

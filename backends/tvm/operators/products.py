@@ -178,11 +178,10 @@ def _matmul_integer(scope: Scope, op: Operation) -> Value:
         sums = b.array.astype(np.int64).sum(axis=0) * int(zeros[0].array.reshape(-1)[0])
         offset = Known(sums.astype(np.int32), "int32", f"{b.name}.offset")
         return elementwise(scope, "offset", [found, offset], lambda t, o: t - o, "int32")
-    if gpu.is_gpu(scope) and not any(isinstance(zero, Tensor) for zero in zeros):
-        found = gpu.batched(scope, a, scope.tensor(b), zeros)
-        if found:
-            scope.note(op.where, "int8_gemm")
-            return found
+    taken = gpu.batched(scope, a, scope.tensor(b), zeros) if gpu.is_gpu(scope) else None
+    if taken:
+        scope.program.note(op.where, "int8_gemm")
+        return taken
     if any(zero is not None and product(zero.shape) != 1 for zero, none in zip(zeros, small, strict=True) if not none):
         raise op.unsupported("zero points of rows or columns")
     less = [None if none or zero is None else scope.tensor(zero) for zero, none in zip(zeros, small, strict=True)]

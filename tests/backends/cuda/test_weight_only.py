@@ -37,7 +37,8 @@ def written(folder: Path) -> Path:
             w = DequantizeLinear <axis = 0, block_size = {GROUP}> (codes, scale)
             y = MatMul (x, w)
         }}""")
-    graph.initializer.extend([onnx.numpy_helper.from_array(codes, "codes"), onnx.numpy_helper.from_array(scale, "scale")])
+    for name, array in (("codes", codes), ("scale", scale)):
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     Native("sm_80").package(ir.serde.deserialize_model(model), folder)
     return folder
@@ -61,7 +62,7 @@ def test_rows_and_tensor_cores(tmp_path: Path) -> None:
 
 
 def test_a_forecast_is_the_longer_of_bytes_and_operations() -> None:
-    """Two launches of 1000 x 1000 floats: one reads and writes them, one multiplies them with 108 blocks; one is empty."""
+    """Launches of 1000 x 1000 floats: one reads and writes them, one multiplies them on 108 blocks, one is empty."""
     side, number = 1000, [["number", 1000]]
     described = {
         "inputs": [{"name": "x", "dtype": "float32", "shape": ["rows", side]}],
