@@ -272,8 +272,8 @@ def pages(everything: dict[str, Any], plot: str) -> list[str]:
     ]  # fmt: skip
     if "step_times" in everything:
         times = everything["step_times"]
-        found.append(table(["processor time of a step over plain", *times],
-                           [[name, *(f"{ratios[name]:.2f}" for ratios in times.values())] for name in rows]))  # fmt: skip
+        lines = [[name, *(f"{ratios[name]:.2f}" for ratios in times.values())] for name in rows]
+        found.append(table(["processor time of a step over plain", *times], lines))
     about = "\n".join(f"- {name}: {value}" for name, value in everything["about"].items())
     return [*found, about, f"![over training]({plot})"]
 
