@@ -115,7 +115,7 @@ class Run:
     def _schedule(self) -> float:
         """Linear warm-up, then one rate, and in the last fifth of --steps a line down to a tenth: a run can be made
         longer or shorter until the fifth begins, and is what it had been with those --steps from the start."""
-        left = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
+        left: float = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
         return min(1.0, (self.step + 1) / WARMUP, 0.1 + 0.9 * left)
 
 

@@ -87,22 +87,27 @@ def _cut(low: float, high: float) -> Callable[[Any, tuple[Any, ...]], tuple[Any,
 
 
 def rounded(run: Run, weights: int, activations: int | None, calibration: Feeds) -> Any:
-    """A module of the same weights, to the nearest code; activations on learned grids of 4 bits where there are some,
-    else on those of the smallest and largest value that calibration sees."""
+    """A module of the same weights, to the nearest code; activations within learned ranges where there are some, else
+    from the smallest to the largest value that calibration sees."""
     import torch
 
     from qcompile.training import quantization_aware
     from qcompile.training.aware import aware_linears
 
-    learned = activations == 4 and has_clips(run)
-    module = quantization_aware(without_clips(run), activations, 0.0)
-    if learned:
-        module.load_state_dict(run.model.state_dict())
-    elif activations is not None:
-        _start_on_extremes(module, calibration)
+    learned = aware_linears(run.model) if has_clips(run) else {}
+    module = clamped(run) if learned and activations is None else without_clips(run)
+    quantization_aware(module, activations, 0.0)
+    if activations is not None:
+        for name in learned:
+            linear: Any = module.get_submodule(name)
+            low, high = learned[name].clip.ends()  # type: ignore[union-attr, operator]
+            linear.clip.start(torch.tensor([low]), torch.tensor([high]))
+            linear.clip.mark_started()
+        if not learned:
+            _start_on_extremes(module, calibration)
     for linear in aware_linears(module).values():
         if weights < 16:
-            w = linear.weight.detach().numpy().T  # type: ignore[operator]
+            w = linear.weight.detach().numpy().T
             codes = quantize_weight(np.ascontiguousarray(w), WeightScheme(bits=weights))
             linear.weight.data = torch.from_numpy(np.ascontiguousarray(codes.dequantized().T))
     return module.eval()
@@ -210,7 +215,7 @@ def totals(layers: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def step_times(recipe: SmallLm, given: argparse.Namespace, repeats: int = 15) -> dict[str, float]:
+def step_times(recipe: SmallLm, given: argparse.Namespace, bfloat16: bool, repeats: int = 11) -> dict[str, float]:
     """Processor seconds of a step of each kind over those of a plain step: medians of steps that take turns."""
     import torch
 
@@ -228,7 +233,7 @@ def step_times(recipe: SmallLm, given: argparse.Namespace, repeats: int = 15) ->
     for _ in range(repeats + 1):
         for name, (model, optimizer) in made.items():
             begun = time.process_time()
-            one_step(model, optimizer, ids, given.bfloat16)
+            one_step(model, optimizer, ids, bfloat16)
             times[name].append(time.process_time() - begun)
     plain = times["plain"]
     ratios = {n: [a / b for a, b in zip(t[1:], plain[1:], strict=True)] for n, t in times.items()}
@@ -266,8 +271,9 @@ def pages(everything: dict[str, Any], plot: str) -> list[str]:
                 "largest weight over RMS"], outliers),
     ]  # fmt: skip
     if "step_times" in everything:
-        found.append(table(["processor time of a step over plain", "ratio"],
-                            [[name, f"{value:.2f}"] for name, value in everything["step_times"].items()]))  # fmt: skip
+        times = everything["step_times"]
+        lines = [[name, *(f"{ratios[name]:.2f}" for ratios in times.values())] for name in rows]
+        found.append(table(["processor time of a step over plain", *times], lines))
     about = "\n".join(f"- {name}: {value}" for name, value in everything["about"].items())
     return [*found, about, f"![over training]({plot})"]
 
@@ -303,7 +309,8 @@ def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> N
         "measured": f"{time.strftime('%Y-%m-%d')}, {machine()}, {given.threads} thread(s)",
     }
     if given.times:
-        everything["step_times"] = step_times(first.recipe, given)
+        both = {"float32": False, "bfloat16": True}
+        everything["step_times"] = {name: step_times(first.recipe, given, flag) for name, flag in both.items()}
     elif "step_times" in old:
         everything["step_times"] = old["step_times"]
     for name, run in runs.items():

@@ -23,7 +23,6 @@ from qcompile.training.kurtosis import STRIDE, Meter
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "qa_outputs")
 _METER, _NAME = "_qcompile_meter", "_qcompile_name"
-CLIP_RATE = 10.0  # the learning rate of clips over that of weights
 IGNORED = -100  # a label that is not predicted
 
 
@@ -91,7 +90,8 @@ def regularization_loss(model: nn.Module) -> torch.Tensor:
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: matrices with decay, biases and norms without, and clips.
 
-    Clips have ten times the rate and no decay.
+    Clips have no decay. Their rate is that of weights, for a step is a share of the range: at ten times the rate ranges
+    of the attention's output collapsed.
     """
     clips = {id(p) for module in model.modules() if isinstance(module, Quantiser) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -99,7 +99,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     return [
         {"params": [p for p in weights if p.ndim > 1], "lr": lr, "weight_decay": weight_decay, "name": "weights"},
         {"params": [p for p in weights if p.ndim <= 1], "lr": lr, "weight_decay": 0.0, "name": "biases"},
-        {"params": [p for p in trained if id(p) in clips], "lr": CLIP_RATE * lr, "weight_decay": 0.0, "name": "clip"},
+        {"params": [p for p in trained if id(p) in clips], "lr": lr, "weight_decay": 0.0, "name": "clip"},
     ]  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def _type_of_linear(x: torch.Tensor) -> torch.dtype:
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Flat views of contiguous ``tensors`` of one size, block by block on a CPU and whole elsewhere."""
     size = BLOCK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
-    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
 def _room(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -72,8 +72,7 @@ def distil(
 ) -> list[float]:
     """Train ``student``, which is quantization-aware, on the teacher's distributions over ``data``; the losses.
 
-    ``data`` (count, length) is gone through in order, again from the start where it ends. The clips' rate is ten times
-    ``lr``.
+    ``data`` (count, length) is gone through in order, again from the start where it ends.
     """
     if steps < 1:
         raise UserError(f"{steps} steps of distillation", hint="one at least")

@@ -165,7 +165,7 @@ def gradients(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...
     clip.mark_started()
     x = x.clone().requires_grad_()
     y = clip(x)
-    y.backward(weights.to(y.dtype))  # type: ignore[no-untyped-call]
+    y.backward(weights.to(y.dtype))
     assert x.grad is not None and clip.c_minus.grad is not None and clip.c_plus.grad is not None
     return y.detach(), x.grad, clip.c_minus.grad, clip.c_plus.grad
 
