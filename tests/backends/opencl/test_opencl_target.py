@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,7 @@ def test_an_integer_program_gives_onnx_runtimes_bits(
     platform: str, name: str, recipe: str, passes: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    options = {"max_samples": 8, "max_length": 24}
+    options: dict[str, Any] = {"max_samples": 8, "max_length": 24}
     path = cached_export(name)
     qcompile.compile(path, recipe=recipe, passes=passes, target="opencl", output=folder, **options).close()
     device = json.loads((folder / "manifest.json").read_text())["device"]
@@ -79,7 +80,8 @@ def test_an_integer_program_gives_onnx_runtimes_bits(
 
 @pytest.mark.slow
 def test_a_decoder_of_packed_weights_is_as_close_as_its_sums(platform: str, tmp_path: Path) -> None:
-    path, options = cached_export("llama"), {"recipe": "w4a16_g32", "max_samples": 2, "max_length": 16}
+    path = cached_export("llama")
+    options: dict[str, Any] = {"recipe": "w4a16_g32", "max_samples": 2, "max_length": 16}
     folder = tmp_path / "out"
     qcompile.compile(path, target="opencl", output=folder, **options).close()
     (found,) = open_session(folder).run(None, texts(3, 9))
