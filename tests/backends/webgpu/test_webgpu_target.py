@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ def test_products_of_64_bits_are_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_a_decoder_of_packed_weights_is_as_close_as_its_sums(tmp_path: Path) -> None:
-    path, options = cached_export("llama"), {"max_samples": 2, "max_length": 16}
+    path = cached_export("llama")
+    options: dict[str, Any] = {"max_samples": 2, "max_length": 16}
     folder = tmp_path / "out"
     qcompile.compile(path, recipe="w4a16_g32", target="webgpu", output=folder, **options).close()
     given = {name: array.astype(np.int32) for name, array in texts(3, 9).items()}
