@@ -94,9 +94,13 @@ def _speeds(results: list[Row]) -> Iterator[tuple[str, ...]]:
 
 
 def _tokens(results: list[Row]) -> Iterator[tuple[str, ...]]:
+    """Every program but the float export, once a model."""
+    seen = set()
     for result in results:
         for row in result["rows"][1:]:
-            yield _short(result), row["name"], *_ratios(row, result["rows"][0])
+            if (result["model"], row["name"]) not in seen:
+                seen.add((result["model"], row["name"]))
+                yield _short(result), row["name"], *_ratios(row, result["rows"][0])
 
 
 def _short(result: Row) -> str:
