@@ -52,10 +52,14 @@ def targets() -> None:
 
     rows = [(name, by_name(name).target.description, missing(name) or "yes") for name in TARGETS]
     click.echo(columns(rows, ("target", "what it makes", "runs here")))
-    for name, place in TARGETS.items():
-        show(f"{name} runs in low bits", legality.listed(name), ("operator", "weights", "activations", "kernel"))
-        if name in legality.INTEGER_ONLY:
+    alike: dict[tuple[Any, bool], list[str]] = {}
+    for name in TARGETS:
+        alike.setdefault((tuple(legality.listed(name)), name in legality.INTEGER_ONLY), []).append(name)
+    for (rows, integer_only), names in alike.items():
+        show(f"in low bits on {', '.join(names)}", rows, ("operator", "weights", "activations", "kernel"))
+        if integer_only:
             click.echo("  and integer-only programs, with the same bits on every target that has them")
+    for name, place in TARGETS.items():
         show(f"options of {name}, in braces", [(o.spelled, o.values, o.meaning) for o in _described(place)[1]])
 
 
