@@ -23,7 +23,7 @@ from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
-SURE = 2**28  # a requantised number is not cut below it
+SURE = 2**30 - 2**18  # a requantised number is not cut below it
 
 
 class Refused(Exception):
