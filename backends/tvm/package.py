@@ -17,6 +17,7 @@ from qcompile.backends.tvm.operation import DTYPES
 from qcompile.backends.tvm.pipeline import build
 from qcompile.backends.tvm.program import FILE, FORMAT, LIBRARY, PARAMETERS
 from qcompile.backends.tvm.translate import translated
+from qcompile.calibration.inputs import model_inputs
 from qcompile.calibration.positions import position_limits
 from qcompile.errors import UserError
 from qcompile.progress import step
@@ -64,11 +65,12 @@ def _describe(
 
 
 def common(model: ir.Model) -> dict[str, Any]:
-    """What every ``program.json`` has; ``longest``: tokens that there are positions for."""
+    """What every ``program.json`` has; ``longest``: tokens that there are positions for; ``rows``: of a table."""
+    rows = {item.name: item.vocabulary for item in model_inputs(model)}
     return {
         "format": FORMAT,
         "tvm": tvm.__version__,
-        "inputs": [port_of(value) for value in model.graph.inputs],
+        "inputs": [{**port_of(value), "rows": rows[str(value.name)]} for value in model.graph.inputs],
         "outputs": [port_of(value) for value in model.graph.outputs],
         "longest": position_limits(model)[0],
     }

@@ -29,11 +29,15 @@ _ONNX = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """An input or output; dynamic dims are names. An output that the model gives no shape has None."""
+    """An input or output; dynamic dims are names. An output that the model gives no shape has None.
+
+    rows: of the table that an input's ids are of; 0 where there is none
+    """
 
     name: str
     dtype: str
     shape: list[int | str] | None
+    rows: int = 0
 
     @property
     def type(self) -> str:
@@ -128,10 +132,17 @@ class Ports(abc.ABC):
         if array.dtype.name != port.dtype or not fits:
             what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
             raise UserError(what, hint=f"it must be {port.dtype} {tuple(shape)}")
+        self._check_indices(port, array)
+        return self._taken(array)
+
+    def _check_indices(self, port: Port, array: np.ndarray) -> None:
+        """No kernel checks what it reads a table at."""
         if array.ndim == 2 and array.dtype.kind == "i" and array.shape[1] > self._longest:
             what = f"the input '{port.name}' has {array.shape[1]} tokens, but the program has {self._longest} positions"
             raise UserError(what, hint=f"cut it to {self._longest} tokens")
-        return self._taken(array)
+        if port.rows and array.size and not 0 <= array.min() <= array.max() < port.rows:
+            what = f"the input '{port.name}' has ids from {array.min()} to {array.max()}, its table {port.rows} rows"
+            raise UserError(what, hint=f"give ids from 0 to {port.rows - 1}")
 
 
 class Session(Ports):

@@ -80,12 +80,16 @@ def test_a_wrong_input_is_named(folder: Path) -> None:
         program({**feeds, "input_ids": feeds["input_ids"].astype(np.float32)})
 
 
-def test_a_text_longer_than_the_positions_is_refused_and_verify_asks_for_none(tmp_path: Path) -> None:
+def test_what_would_be_read_beyond_a_table_is_refused_and_verify_asks_for_none(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     qcompile.compile(cached_export("bert"), recipe="float", target="llvm", max_samples=2, max_length=16, output=folder)
-    assert json.loads((folder / "program.json").read_text())["longest"] == 64
+    described = json.loads((folder / "program.json").read_text())
+    rows = next(port["rows"] for port in described["inputs"] if port["name"] == "input_ids")
+    assert described["longest"] == 64 and rows > 64
     with pytest.raises(UserError, match="has 65 tokens, but the program has 64 positions"):
         open_program(folder)(texts(1, 65))
+    with pytest.raises(UserError, match=f"ids from {rows} to {rows}, its table {rows} rows"):
+        open_program(folder)({**texts(1, 1), "input_ids": np.array([[rows]])})
     assert cli.main(["verify", str(folder)]) == 0
 
 
