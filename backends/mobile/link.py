@@ -27,6 +27,7 @@ MATH = tuple(
     for suffix in ("", "f")
 )  # fmt: skip
 MEMORY = ("bzero", "free", "malloc", "memcpy", "memmove", "memset")
+APPLE = ("dyld_stub_binder", "memset_pattern4", "memset_pattern8", "memset_pattern16")  # of libSystem besides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _apple(scratch: Path, output: Path, system: System) -> list[str]:
     assert system.platform is not None
     platform, lowest, sdk = system.platform
     stub = scratch / "libSystem.tbd"
-    names = ", ".join(f"_{name}" for name in ("dyld_stub_binder", *MATH, *MEMORY))
+    names = ", ".join(f"_{name}" for name in (*APPLE, *MATH, *MEMORY))
     target = "arm64-ios-simulator" if platform == "ios-simulator" else "arm64-ios"
     stub.write_text(
         f"--- !tapi-tbd\ntbd-version: 4\ntargets: [ {target} ]\ninstall-name: '/usr/lib/libSystem.B.dylib'\n"
