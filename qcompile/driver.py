@@ -97,6 +97,7 @@ def compile(
     seed: int = 0,
     dump: str | Path | None = None,
     resume: str | Path | None = None,
+    strict: bool = False,
     output: str | Path | None = None,
     force: bool = False,
     example_inputs: Any = None,
@@ -118,6 +119,7 @@ def compile(
     dump:        folder for the model after each pass
     resume:      folder where passes that learn keep finished blocks; the same compilation, started again after a
                  kill, goes on behind them. It may go when the compilation is done
+    strict:      int_only raises UserError for an operator without an integer form, as with its option ``strict``
     output:      folder to save to; ``force`` replaces whatever is in it
     allow_pickle: load .bin weights, which can run code of whoever made them
     with_past:   export a Hugging Face folder with its key/value cache as inputs and outputs
@@ -128,6 +130,8 @@ def compile(
     backend = backends.by_name(target)
     _check_legal(settings, backend)
     pipeline = expand(passes, settings, backend)
+    if strict:
+        pipeline = _strict(pipeline)
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
     _check_max_drop(max_drop, settings)
@@ -210,6 +214,13 @@ def expand(passes: str | Sequence[Step] | None, recipe: Recipe, backend: Backend
         steps.insert(last, make_pass("quantise", {}))
     check_order(steps)
     return [*steps, Lower(backend)]
+
+
+def _strict(pipeline: Sequence[Pass]) -> list[Pass]:
+    """``pipeline`` with its int_only strict; UserError where there is none."""
+    if all(one.name != "int_only" for one in pipeline):
+        raise UserError("--strict says nothing without int_only", hint="add int_only to --passes, or leave it out")
+    return [dataclasses.replace(one, strict=True) if one.name == "int_only" else one for one in pipeline]  # type: ignore[type-var]
 
 
 def _with_starts(steps: Sequence[Pass], recipe: Recipe) -> list[Pass]:

@@ -51,6 +51,7 @@ from qcompile.commands.text import columns
     metavar="DIR",
     help="Keep the blocks that are learned here, and go on behind them after a kill.",
 )
+@click.option("--strict", is_flag=True, help="With int_only: an operator without an integer form is an error.")
 @click.option("--force", is_flag=True, help="Replace everything in the output folder.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of random calibration data."
@@ -61,7 +62,7 @@ from qcompile.commands.text import columns
 def compile_command(
     model: str, recipe: str, passes: str | None, target: str, calib: Path | None, tokenizer: Path | None,
     samples: int, length: int, max_drop: float | None, output: Path | None, dump: Path | None,
-    resume: Path | None, force: bool, seed: int, with_past: bool, allow_pickle: bool,
+    resume: Path | None, strict: bool, force: bool, seed: int, with_past: bool, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Compile MODEL (.onnx, a Hugging Face folder or package.module:factory) into a low-bit program.
 
@@ -73,7 +74,7 @@ def compile_command(
     with driver.compile(
         model, recipe=recipe, passes=passes, target=target, calibration=calib, tokenizer=tokenizer,
         max_drop=max_drop, max_samples=samples, max_length=length, seed=seed, dump=dump,
-        resume=resume, output=where, force=force, with_past=with_past, allow_pickle=allow_pickle,
+        resume=resume, strict=strict, output=where, force=force, with_past=with_past, allow_pickle=allow_pickle,
     ) as compiled:  # fmt: skip
         click.echo(columns(summary(compiled.manifest, where)))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+import qcompile
 from qcompile.errors import UserError
 from qcompile.passes.int_only import IntOnly
 from qcompile.proof.prepared import BOUNDS
@@ -23,6 +26,15 @@ def test_strict_makes_an_operator_without_an_integer_form_an_error(text: str, mo
         IntOnly(strict=True).run(parsed(text, ROW), ctx)
     assert str(error.value).startswith(f"Erf of 'Erf:b'{more} would stay float: it has no integer form")
     assert error.value.hint == "leave out strict to keep it float"
+
+
+def test_the_option_of_the_command_reaches_the_pass_and_says_nothing_without_it(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    ir.save(parsed(ISLAND, ROW), source)
+    with pytest.raises(UserError, match="would stay float: it has no integer form"):
+        qcompile.compile(source, passes="int_only", calibration=SAMPLES, strict=True)
+    with pytest.raises(UserError, match="--strict says nothing without int_only"):
+        qcompile.compile(source, strict=True)
 
 
 def test_it_counts_floats_and_records_for_which_sizes_it_is_proven() -> None:
