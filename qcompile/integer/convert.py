@@ -23,7 +23,7 @@ from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
-SURE = 2**30 - 2**18  # a requantised number is not cut below it
+SURE = 2**28  # a requantised number is not cut below it
 
 
 class Refused(Exception):
@@ -118,12 +118,14 @@ class Converter:
     def _scaled_rows(self, sums: Sums, rows: Rows, places: int, bound: int) -> ir.Value:
         """In two steps: by the columns' factors to nearly 28 bits, then by each row's step, and to the grid.
 
+        Sums that are larger than likely saturate.
+
         What the first step leaves out is put back behind the second for rows that are large, where their last bits do
         not count, and in it for all others.
         """
         emit = self.emit
         scale = sums.factor * 2.0 ** (places - rows.places + 33 - rows.bits)
-        reach = sums.bound / 2 * float(np.abs(scale).max())  # the bound is for both terms of a difference
+        reach = sums.likely * float(np.abs(scale).max())
         excess = max(0, math.ceil(math.log2(reach / SURE))) if reach else 0
         most = LIMIT - 1
         middle = emit.requantize(sums.value, sums.bound, scale / 2.0**excess, -most, most)

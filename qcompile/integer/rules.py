@@ -18,6 +18,7 @@ from qcompile.quant.integer import fit
 NORM_PLACES = 20  # of a normalised row
 NORM_BOUND = 2**26
 MOST_CHANNELS = 2**14  # of a normalised row
+SIGMAS = 4
 CODE_PLACES = 21  # zeros behind a code, so that scaling it rounds late
 U8, I8, I32 = ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32
 
@@ -97,9 +98,22 @@ def product(c: Converter, node: ir.Node) -> None:
         columns = w.codes.astype(np.int64).sum(axis=0).astype(np.int32)
         shift = c.emit.put("Mul", [x.zero, c.emit.int32(columns, "column_sums")])
         sums = c.emit.put("Sub", [raw, shift])
-        held = Sums(sums, w.scale.astype(np.float64), 2 * (2**x.bits - 1) * int(sizes.max()), x)
+        most = 2**x.bits - 1
+        bound = 2 * most * int(sizes.max())  # of both terms of the difference
+        held = Sums(sums, w.scale.astype(np.float64), bound, x, most * _likely(w.codes))
     check_bound(held.bound, "the sum of a product", str(node.name))
     c.held[id(node.outputs[0])] = held
+
+
+def _likely(codes: np.ndarray) -> float:
+    """How large |sum_k x_k w_k| becomes where every |x_k| <= 1, by the largest column.
+
+    Terms of random signs have the column's norm as standard deviation; SIGMAS of them, but at least a quarter of what
+    all terms of one sign would reach, and at most that.
+    """
+    matrix = codes.astype(np.float64)
+    most = float(np.abs(matrix).sum(axis=0).max())
+    return max(most / 4, min(most, SIGMAS * float(np.sqrt(np.square(matrix).sum(axis=0)).max())))
 
 
 def transpose(c: Converter, node: ir.Node) -> None:

@@ -65,12 +65,16 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """A product before it is scaled: real = value * factor [* rows' step], factor (N,); |value| <= bound."""
+    """A product before it is scaled: real = value * factor [* rows' step], factor (N,); |value| <= bound.
+
+    likely: with rows, where |value| saturates; the bound is for codes that all differ most from zero
+    """
 
     value: ir.Value
     factor: np.ndarray
     bound: int
     rows: Rows | None = None
+    likely: float = 0.0
 
 
 Held = Wide | Codes | Rows | Weight | Table | Sums

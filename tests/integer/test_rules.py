@@ -8,6 +8,7 @@ import pytest
 
 from qcompile.calibration.positions import position_limits
 from qcompile.graph import functions
+from qcompile.integer import rules
 from qcompile.models.architectures import POSITIONS
 from tests.integer.graphs import Outcome, converted, drawn
 from tests.integer.programs import compiled
@@ -220,3 +221,9 @@ def test_every_rule_is_for_an_operator_that_exists() -> None:
 def test_a_table_keeps_its_name_so_that_the_length_of_positions_is_known() -> None:
     made = compiled("bert", "w8a8_static")
     assert position_limits(ir.load(made.folder / "model.onnx")) == (POSITIONS, POSITIONS)
+
+
+def test_sums_of_many_terms_are_taken_to_cancel_and_those_of_few_are_not() -> None:
+    few, many = np.eye(16, dtype=np.int8), drawn(2048, 3).round().astype(np.int8)
+    assert rules._likely(few) == 1
+    assert rules._likely(many) == np.abs(many.astype(int)).sum(axis=0).max() / 4
