@@ -7,9 +7,8 @@ signature of forward stay as they are.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from qcompile.errors import UserError, unknown_name
 from qcompile.training import checks
 from qcompile.training.clips import QUANTISERS, Quantiser
 from qcompile.training.kurtosis import STRIDE, Meter
+from qcompile.training.sites import choose, readers_of_one_input
 
-HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "qa_outputs")
 _METER, _NAME = "_qcompile_meter", "_qcompile_name"
 IGNORED = -100  # a label that is not predicted
 
@@ -43,7 +42,8 @@ def quantization_aware(
     quantiser: "clip" (both ends learned), "pact" or "lsq"
     stride:    one token of so many has its kurtosis taken
 
-    Call it before the optimizer is made. A clip starts at the extremes of the first batch that it sees.
+    Call it before the optimizer is made. A clip starts at the extremes of the first batch that it sees; linears that
+    read one tensor share theirs.
     In training mode a Hugging Face model's ``loss`` has the regulariser in it; for another model add
     ``regularization_loss(model)``. Raises UserError for a model without linears, for a pattern that matches none,
     and in training for a range that collapses or a loss that is NaN, with the layer's name.
@@ -54,13 +54,12 @@ def quantization_aware(
         raise UserError(f"kurtosis is {kurtosis}", hint="0 leaves it out; 1e-5 is what the paper uses")
     if find_meter(model) is not None:
         raise UserError("the model is quantization-aware already", hint="call quantization_aware once")
-    chosen = _choose(model, sites)
+    chosen = choose(model, sites)
     meter = Meter(kurtosis, stride, list(chosen))
+    if bits is not None:
+        for readers in readers_of_one_input(chosen):
+            _give_clip([chosen[name] for name in readers], QUANTISERS[quantiser](bits))
     for name, linear in chosen.items():
-        if bits is not None:
-            clip = QUANTISERS[quantiser](bits).to(next(linear.parameters()).device)
-            linear.add_module("clip", clip)
-            linear.register_forward_pre_hook(_clip_input)
         setattr(linear, _METER, meter)
         setattr(linear, _NAME, name)
         linear.register_forward_hook(_observe_output)
@@ -130,61 +129,21 @@ def aware_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {vars(part)[_NAME]: part for part in model.modules() if _NAME in vars(part)}
 
 
-# --------------------------------------------------------------------------- which linears
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D, which is one with its weight transposed."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nx"))
-
-
-def _choose(model: nn.Module, sites: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    uncalled = dict(_never_called(model))
-    for name in sorted(set(uncalled) & set(linears)):
-        warnings.warn(f"'{name}' stays as it is: {uncalled[name]}", stacklevel=3)
-        del linears[name]
-    if not linears:
-        raise UserError(
-            "the model has no linear layer to quantise",
-            where=type(model).__name__,
-            hint="nn.Linear and transformers' Conv1D count; did you pass the model itself?",
-        )
-    if sites is None:
-        find: Any = getattr(model, "get_output_embeddings", None)
-        head = None if find is None else find()
-        body = {n: m for n, m in linears.items() if m is not head and n.rpartition(".")[2] not in HEADS}
-        return body or linears
-    return _matching(linears, [sites] if isinstance(sites, str) else sites)
-
-
-def _matching(linears: dict[str, nn.Module], patterns: Iterable[str]) -> dict[str, nn.Module]:
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = fnmatch.filter(linears, pattern)
-        if not found:
-            raise UserError(
-                f"sites: '{pattern}' matches no linear layer",
-                hint=f"a glob on names such as {', '.join(list(linears)[:3])}",
-            )
-        chosen.update(found)
-    if not chosen:
-        raise UserError("sites is an empty list", hint="None takes all linears but the head")
-    return {name: linear for name, linear in linears.items() if name in chosen}
-
-
-def _never_called(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            inner = f"{name}.out_proj" if name else "out_proj"
-            yield inner, "nn.MultiheadAttention reads its weight without calling it"
-
-
 def _note(model: nn.Module, settings: dict[str, Any]) -> None:
     """Leave the settings in a Hugging Face config, so that a saved folder tells what its clips are."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         setattr(config, CLIPS, settings)
+
+
+def _give_clip(linears: Sequence[nn.Module], clip: Quantiser) -> None:
+    """One clip for linears that read one tensor. It is a submodule of the first alone, so that it is saved once."""
+    clip.readers = len(linears)
+    linears[0].add_module("clip", clip.to(next(linears[0].parameters()).device))
+    for linear in linears[1:]:
+        vars(linear)["clip"] = clip
+    for linear in linears:
+        linear.register_forward_pre_hook(_clip_input)
 
 
 # --------------------------------------------------------------------------- hooks: functions, so that copies work

@@ -6,6 +6,7 @@ Zero is always a code, so what training sees is exactly what QuantizeLinear and 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
@@ -44,6 +45,8 @@ class Quantiser(nn.Module):
             self.register_buffer(name, torch.ones(()), persistent=False)
         self.register_buffer("export_zero", torch.zeros((), dtype=torch.uint8), persistent=False)
         self._known = False  # that it has started, without asking the device
+        self.readers = 1  # linears that share it
+        self._kept: _Kept | None = None
 
     def grid(self) -> Pair:
         """Scale and zero point as the forward pass has them now, both scalars of shape (1,)."""
@@ -68,7 +71,22 @@ class Quantiser(nn.Module):
             return shipped
         if not self.has_started():
             self._start_on(x)
-        return self.fake(x)
+        if self.readers == 1 or torch.compiler.is_compiling():
+            return self.fake(x)
+        return self._fake_once(x)
+
+    def _fake_once(self, x: torch.Tensor) -> torch.Tensor:
+        """``fake``, of which the readers of one tensor have one result. The last of them forgets it."""
+        if self._kept is None or not self._kept.is_of(x, self):
+            self._kept = _Kept(x, self.fake(x), self)
+        kept = self._kept
+        kept.left -= 1
+        if not kept.left:
+            self._kept = None
+        return kept.result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
 
     def has_started(self) -> bool:
         """Whether there is a range: one was learned, loaded or taken from a first batch."""
@@ -119,6 +137,23 @@ class Quantiser(nn.Module):
     def learned(self) -> dict[str, torch.Tensor]:
         """What is learned, on the scale of the values."""
         return dict(self.named_parameters())
+
+
+class _Kept:
+    """What a clip made of a tensor, for its other readers."""
+
+    def __init__(self, x: torch.Tensor, result: torch.Tensor, clip: Quantiser) -> None:
+        self.result, self.left = result, clip.readers
+        self._source, self._state = weakref.ref(x), _state(x, clip)
+
+    def is_of(self, x: torch.Tensor, clip: Quantiser) -> bool:
+        return self._source() is x and self._state == _state(x, clip)
+
+
+def _state(x: torch.Tensor, clip: Quantiser) -> tuple[Any, ...]:
+    """What the result depends on besides the tensor itself."""
+    versions = [x._version, *(parameter._version for parameter in clip.parameters())]
+    return *versions, torch.is_grad_enabled(), _type_of_linear(x)
 
 
 class ActClip(Quantiser):

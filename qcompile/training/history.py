@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from qcompile.errors import UserError
-from qcompile.training.aware import find_meter, is_linear
+from qcompile.training.aware import find_meter
 from qcompile.training.kurtosis import token_kurtosis
+from qcompile.training.sites import is_linear
 
 OUTLIER = 6.0  # a channel whose mean size is so many times that of the median channel is an outlier
 _CHECKPOINT = re.compile(r"^(?:checkpoint|step)[-_](\d+)$")

@@ -15,8 +15,9 @@ from torch import nn
 from qcompile.errors import UserError
 from qcompile.training import parameter_groups, quantization_aware, regularization_loss
 from qcompile.training.aware import aware_linears, find_meter
-from qcompile.training.clips import Quantiser
+from qcompile.training.clips import ActClip, Quantiser
 from qcompile.training.kurtosis import Meter, token_kurtosis
+from qcompile.training.sites import readers_of_one_input
 from tests.training.small import Perceptron, ids, opt
 
 
@@ -212,6 +213,58 @@ def test_conv1d_of_gpt2_is_a_linear() -> None:
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     model = quantization_aware(GPT2LMHeadModel._from_config(config), sites="*.mlp.*")
     assert list(aware_linears(model)) == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
+
+
+def test_readers_of_one_tensor_share_a_clip_that_works_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantization_aware(opt(1))
+    names = {name.removesuffix(".clip") for name, part in model.named_modules() if isinstance(part, Quantiser)}
+    assert {name.rpartition(".")[2] for name in names} == {"k_proj", "out_proj", "fc1", "fc2"}
+    attention: Any = model.model.decoder.layers[0].self_attn  # type: ignore[union-attr, index]
+    assert attention.q_proj.clip is attention.v_proj.clip is attention.k_proj.clip
+    seen: list[torch.Tensor] = []
+    fake = ActClip.fake
+
+    def counted(clip: ActClip, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return fake(clip, x)
+
+    monkeypatch.setattr(ActClip, "fake", counted)
+    step(model)
+    assert len(seen) == 4
+    once = gradients(model)
+    model.zero_grad()
+    attention.q_proj.clip.readers = 1
+    find_meter(model).passes = 0  # type: ignore[union-attr]
+    step(model)
+    assert len(seen) == 4 + 6
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(value, once[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_shared_clip_does_not_mistake_one_tensor_for_another() -> None:
+    clip = ActClip(4)
+    clip.mark_started()
+    clip.readers = 3
+    x = torch.randn(4, 8)
+    assert clip(x) is clip(x)
+    x.mul_(2)
+    torch.testing.assert_close(clip(x), clip.fake(x))
+    with torch.no_grad():
+        clip.c_plus.add_(0.1)
+    torch.testing.assert_close(clip(x), clip.fake(x))
+    torch.testing.assert_close(clip(x.clone().mul_(0.5)), clip.fake(0.5 * x))
+    with torch.no_grad():
+        assert not clip(x).requires_grad
+    assert clip(x).requires_grad
+
+
+def test_queries_of_another_sequence_have_their_own_clip() -> None:
+    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
+    found = readers_of_one_input({f"decoder.encoder_attn.{name}": part for name, part in layers.items()})
+    assert sorted(map(len, found)) == [1, 2]
+    layers["v_proj"] = nn.Linear(4, 8)
+    found = readers_of_one_input({f"attn.{name}": part for name, part in layers.items()})
+    assert sorted(map(len, found)) == [1, 2], "another width is another tensor"
 
 
 def test_what_attention_never_calls_is_told() -> None:
