@@ -280,6 +280,9 @@ def run_pipeline(
     """Run the passes in order, each under the instruments and with its own entry in the ledger."""
     for one in pipeline:
         entry = ctx.ledger.open(one.name, one.spec, one.preserves)
+        for held in (model, ctx.exact):
+            if held is not None:
+                ctx.workspace.let_go(held)
         if ctx.exact is None and one.preserves == "approximation":
             ctx.exact = model.clone()
         for instrument in watch:

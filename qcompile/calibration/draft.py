@@ -112,6 +112,7 @@ class Draft:
         """A quantised clone of the float model."""
         clone = self.model.clone()
         self.apply(clone, choice or self.choice, alpha)
+        self._workspace.let_go(self.model)  # the clone has the codes
         return clone
 
     def build_switched(self, alpha: float, steps: Steps) -> ir.Model:

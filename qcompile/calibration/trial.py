@@ -43,9 +43,7 @@ class Trials:
             self._ctx.workspace.let_go(model)
         draft = Draft(scaled, self._ctx.recipe, self._ctx.workspace)
         calibrate_draft(self._ctx, draft, self._samples)
-        built = draft.build()
-        self._ctx.workspace.let_go(scaled)
-        return float(np.mean(self._metric.measure(built).divergences))
+        return float(np.mean(self._metric.measure(draft.build()).divergences))
 
 
 def fold_scales(ctx: Context, model: ir.Model, samples: Sequence[Any]) -> list[Site]:
