@@ -1,5 +1,5 @@
 # make demo   compile a real model (MiniLM) to 8 bits and show the report
-# make test   run the tests (ARGS="-k name" chooses some)
+# make test   run the tests (ARGS="-k name" chooses some); with CI set, those marked slow as well
 # make benchmarks DATA=DIR   measure the README's figures anew; DIR holds stsb/ and wikitext-2/, takes some hours
 # make lint, make types, make wheel (builds it, and starts it with its base dependencies alone), make clean
 PYTHON ?= python3
@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 		--recipe w8a8_static --passes os_plus -o qcompile_demo
 
 test: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(if $(CI),,-m 'not slow') $(ARGS)
 
 # No cell is from memory: every row is compiled and scored here. The speeds want an otherwise idle machine.
 DATA ?= data

@@ -51,6 +51,7 @@ def test_with_past_is_for_folders(decoder: Path, capsys: pytest.CaptureFixture[s
     assert "only a Hugging Face folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_is_exported_with_its_cache_and_proved_against_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
