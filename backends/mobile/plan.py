@@ -12,7 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-MAGIC = int.from_bytes(b"QCPLAN01", "little")
+from qcompile.calibration.inputs import UNLIMITED
+
+MAGIC = int.from_bytes(b"QCPLAN02", "little")
 LEAST = 2**16  # bytes of a parameter that is worth deriving from another
 ALIGNMENT = 64  # bytes: of parameters and of intermediate results
 
@@ -55,7 +57,10 @@ class Step:
 
 @dataclasses.dataclass
 class Plan:
-    """``variables``: (number of an input, axis) that gives each; ``parameters``: by place in the file."""
+    """``variables``: (number of an input, axis) that gives each; ``parameters``: by place in the file.
+
+    rows: by input, of the table that its ids are of; longest: tokens that there are positions for
+    """
 
     variables: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     expressions: list[Code] = dataclasses.field(default_factory=list)
@@ -65,6 +70,8 @@ class Plan:
     kernels: list[str] = dataclasses.field(default_factory=list)
     steps: list[Step] = dataclasses.field(default_factory=list)
     parameters: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    longest: int = UNLIMITED
 
     @property
     def parameter_bytes(self) -> int:
@@ -162,7 +169,7 @@ def evaluate(code: Code, variables: Sequence[int]) -> int:
 
 def encode(plan: Plan, target: str, digest: str) -> bytes:
     """``plan`` as a file; ``target``: whom the kernels are for, ``digest``: SHA-256 of the file of parameters."""
-    words = [MAGIC, *_text(target), *_text(digest), plan.parameter_bytes]
+    words = [MAGIC, *_text(target), *_text(digest), plan.parameter_bytes, plan.longest]
     words += _listed((number, axis) for number, axis in plan.variables)
     words.append(len(plan.expressions))
     for code in plan.expressions:
@@ -173,7 +180,7 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
         words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), first, slot.last]
         words += _listed((dim,) for dim in slot.dims)
     for ports in (plan.inputs, plan.outputs):
-        words += _listed((*_text(name), slot) for name, slot in ports)
+        words += _listed((*_text(name), slot, plan.rows.get(name, 0)) for name, slot in ports)
     words += _listed(tuple(_text(name)) for name in plan.kernels)
     words.append(len(plan.steps))
     for step in plan.steps:

@@ -64,6 +64,7 @@ class TvmPackage:
         from qcompile.backends.mobile.host import Host
         from qcompile.backends.mobile.kernels import write_library
         from qcompile.backends.mobile.plan import encode
+        from qcompile.backends.tvm.package import bounds
         from qcompile.backends.tvm.schedule import schedule
         from qcompile.backends.tvm.translate import translated
 
@@ -71,6 +72,7 @@ class TvmPackage:
         module = schedule(found.module)
         ports = [[str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
         plan = extract(module, found.parameters, *ports)
+        plan.rows, plan.longest = bounds(model)
         digest = hashlib.sha256()
         with (folder / PARAMETERS).open("wb") as file:
             for piece in plan.pieces():

@@ -23,7 +23,7 @@
 
 enum { ALIGNMENT = 64, DEPTH = 64, MOST_ARGUMENTS = 64 };
 enum { INPUT, PARAMETER, TEMPORARY, VIEW, DERIVED }; /* derived: bytes of a parameter, transposed, plus first */
-static const char MAGIC[9] = "QCPLAN01";
+static const char MAGIC[9] = "QCPLAN02";
 
 /* How the kernels are called: the layouts of tvm_ffi's TVMFFIAny and DLPack's DLTensor. */
 typedef struct { int32_t type; uint32_t padding; union { int64_t number; void* pointer; } value; } argument_t;
@@ -40,13 +40,14 @@ typedef int (*kernel_t)(void* self, const argument_t* arguments, int32_t count, 
 typedef struct { const int64_t* codes; int64_t count; } expression_t;
 typedef struct { int64_t place, source, code, bits, first, last, rank; const int64_t* dims; } slot_t;
 typedef struct { int64_t kernel, count; const int64_t* arguments; } step_t;
-typedef struct { char* name; int64_t slot; } port_t;
+typedef struct { char* name; int64_t slot, rows; } port_t; /* rows: of the table that its ids are of, 0 for none */
 typedef struct { const unsigned char* data; size_t size; } file_t;
 
 struct qc_program {
   void* library;
   file_t plan, parameters;
   int64_t variables_count, expressions_count, slots_count, kernels_count, steps_count, inputs_count, outputs_count;
+  int64_t longest; /* tokens that there are positions for */
   const int64_t* variables; /* pairs: input, axis */
   expression_t* expressions;
   slot_t* slots;
@@ -206,11 +207,12 @@ static void read_slots(qc_program* program, reader_t* reader) {
 }
 
 static port_t* read_ports(qc_program* program, reader_t* reader, int64_t* number) {
-  *number = count(reader, 2);
+  *number = count(reader, 3);
   port_t* ports = calloc((size_t)*number + 1, sizeof *ports);
   for (int64_t i = 0; i < *number && !reader->damaged; ++i) {
     ports[i].name = text(reader);
     ports[i].slot = below(reader, word(reader), program->slots_count);
+    ports[i].rows = word(reader);
   }
   return ports;
 }
@@ -259,6 +261,7 @@ static int read_head(qc_program* program, reader_t* reader, const char* path) {
 static int read_plan(qc_program* program, reader_t* reader, const char* path) {
   const int64_t size = word(reader);
   if (size < 0 || (size_t)size > program->parameters.size) FAIL("the file of parameters is not the plan's: too short");
+  program->longest = word(reader);
   read_expressions(program, reader);
   read_slots(program, reader);
   program->inputs = read_ports(program, reader, &program->inputs_count);
@@ -467,11 +470,34 @@ static int allocate(qc_program* program) {
   return 0;
 }
 
+static int64_t element(const qc_tensor* tensor, int64_t number) {
+  const int width = tensor->bits / 8, unused = 64 - tensor->bits;
+  uint64_t found = 0;
+  memcpy(&found, (const unsigned char*)tensor->data + number * width, (size_t)width);
+  return tensor->code == QC_INT ? (int64_t)(found << unused) >> unused : (int64_t)found;
+}
+
+/* No kernel checks what it reads a table at. */
+static int check_indices(qc_program* program, const port_t* port, const qc_tensor* given) {
+  int64_t elements = 1;
+  if (given->code == QC_INT && given->rank == 2 && given->shape[1] > program->longest)
+    FAIL("input '%s' has %lld tokens, but the program has %lld positions", port->name, (long long)given->shape[1],
+         (long long)program->longest);
+  for (int axis = 0; axis < given->rank; ++axis) elements *= given->shape[axis];
+  for (int64_t i = 0; port->rows && i < elements; ++i) {
+    const int64_t id = element(given, i);
+    if (id < 0 || id >= port->rows)
+      FAIL("input '%s' has the id %lld, its table %lld rows", port->name, (long long)id, (long long)port->rows);
+  }
+  return 0;
+}
+
 static int check_inputs(qc_program* program, const qc_tensor* inputs) {
   for (int64_t i = 0; i < program->inputs_count; ++i) {
     const slot_t* slot = &program->slots[program->inputs[i].slot];
     if (inputs[i].rank != slot->rank || inputs[i].code != slot->code || inputs[i].bits != slot->bits)
       FAIL("input '%s' has another type or rank than the program's", program->inputs[i].name);
+    if (check_indices(program, &program->inputs[i], &inputs[i])) return -1;
   }
   return 0;
 }
