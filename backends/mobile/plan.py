@@ -1,6 +1,6 @@
 """The plan of a program: which kernels run in which order on which memory, for shapes that are known when it runs.
 
-``encode`` writes the file that ``program.c`` reads: 8-byte little-endian integers, texts padded to whole ones.
+``encode`` writes the file that ``qcompile_plan.c`` reads: 8-byte little-endian integers, texts padded to whole ones.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ALIGNMENT = 64  # bytes: of parameters and of intermediate results
 Place = Literal["input", "parameter", "temporary", "view", "derived"]
 PLACES: tuple[Place, ...] = ("input", "parameter", "temporary", "view", "derived")
 _TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}  # as DLPack counts them
+ARGUMENTS = ("tensor", "dim", "int32", "uint32", "uint64")  # a dim has 64 bits
 OPERATIONS = ("number", "variable", "+", "-", "*", "//", "%", "max", "min")
 
 # In postfix order: ("number", 3), ("variable", 0), ("+", 0)
@@ -49,10 +50,15 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call: of kernel number ``kernel`` on ("tensor", number) and ("dim", number of an expression)."""
+    """One call: of kernel number ``kernel`` on ("tensor", number) and ("dim", number of an expression).
+
+    Of a launch on a GPU, dims may have another type, ``grid`` is the expression of its blocks, ``block`` the threads.
+    """
 
     kernel: int
-    arguments: tuple[tuple[Literal["tensor", "dim"], int], ...]
+    arguments: tuple[tuple[str, int], ...]
+    grid: int = 0
+    block: int = 0
 
 
 @dataclasses.dataclass
@@ -184,8 +190,8 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
     words += _listed(tuple(_text(name)) for name in plan.kernels)
     words.append(len(plan.steps))
     for step in plan.steps:
-        words.append(step.kernel)
-        words += _listed((int(kind == "dim"), number) for kind, number in step.arguments)
+        words += [step.kernel, step.grid, step.block]
+        words += _listed((ARGUMENTS.index(kind), number) for kind, number in step.arguments)
     return np.array(words, "<i8").tobytes()
 
 

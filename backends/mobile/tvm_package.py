@@ -28,6 +28,8 @@ _ABIS = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
 _NATIVE = {
     "native/qcompile_program.h": "the interface: open, run, close",
     "native/qcompile_program.c": "the loader, to be compiled into the app: C99, libc and dlopen",
+    "native/qcompile_plan.c": "of the loader: the plan, read and checked",
+    "native/qcompile_shapes.c": "of the loader: inputs checked, shapes computed",
     "native/main.c": "a command-line program around it, with `native/CMakeLists.txt`",
 }
 _SAMPLES = {
@@ -109,7 +111,8 @@ class TvmPackage:
             "inputs": package.names(model.graph.inputs),
             "outputs": package.names(model.graph.outputs),
         }
-        package.write_sample("native", folder / "native", words)
+        for part in ("native", "native_tvm"):
+            package.write_sample(part, folder / "native", words)
         where = folder if self.platform == "ios" else folder / "android"
         package.write_sample(f"{self.platform}_tvm", where, words)
         header = headers.read(folder / self.system.library)
@@ -138,8 +141,8 @@ class TvmPackage:
 
 
 _COMMANDS = {
-    "android": "`$NDK/toolchains/llvm/prebuilt/*/bin/aarch64-linux-android24-clang native/main.c "
-    "native/qcompile_program.c -o run`, push the folder with `adb`, then `./run . ./libprogram.so`",
+    "android": "`$NDK/toolchains/llvm/prebuilt/*/bin/aarch64-linux-android24-clang native/*.c "
+    "-o run`, push the folder with `adb`, then `./run . ./libprogram.so`",
     "ios": "none: add this folder to an Xcode project as a local package, and embed and sign `Kernels.xcframework`",
 }
 _UNBUILT = {

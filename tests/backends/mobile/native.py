@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 Array = np.ndarray
-SOURCE = Path(__file__).parents[3] / "backends/mobile/samples/native"
+SAMPLES = Path(__file__).parents[3] / "backends/mobile/samples"
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror")
 
 
 @functools.cache
-def runner(compiler: str = "cc", *options: str) -> Path:
-    """The command-line program, by ``compiler``."""
+def runner(compiler: str = "cc", *options: str, loader: str = "native_tvm") -> Path:
+    """The command-line program, by ``compiler``, with the loader of the folder ``loader``."""
     folder = Path(tempfile.mkdtemp(prefix="runner"))
-    main = (SOURCE / "main.c").read_text().replace("{{length}}", "8")
-    (folder / "main.c").write_text(main)
-    sources = [str(folder / "main.c"), str(SOURCE / "qcompile_program.c"), "-I", str(SOURCE)]
+    for path in (*(SAMPLES / "native").iterdir(), *(SAMPLES / loader).iterdir()):
+        (folder / path.name).write_text(path.read_text().replace("{{length}}", "8"))
+    sources = map(str, folder.glob("*.c"))
     command = [compiler, *WARNINGS, "-O1", *options, *sources, "-ldl", "-o", str(folder / "run")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return folder / "run"
