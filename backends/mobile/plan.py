@@ -13,7 +13,9 @@ from typing import Literal
 import numpy as np
 
 from qcompile.calibration.inputs import UNLIMITED
+from qcompile.errors import UserError
 
+MOST_ARGUMENTS, RANK = 64, 8  # of a step and of a tensor, in qcompile_plan.h
 MAGIC = int.from_bytes(b"QCPLAN02", "little")
 LEAST = 2**16  # bytes of a parameter that is worth deriving from another
 ALIGNMENT = 64  # bytes: of parameters and of intermediate results
@@ -175,6 +177,7 @@ def evaluate(code: Code, variables: Sequence[int]) -> int:
 
 def encode(plan: Plan, target: str, digest: str) -> bytes:
     """``plan`` as a file; ``target``: whom the kernels are for, ``digest``: SHA-256 of the file of parameters."""
+    _check(plan)
     words = [MAGIC, *_text(target), *_text(digest), plan.parameter_bytes, plan.longest]
     words += _listed((number, axis) for number, axis in plan.variables)
     words.append(len(plan.expressions))
@@ -193,6 +196,16 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
         words += [step.kernel, step.grid, step.block]
         words += _listed((ARGUMENTS.index(kind), number) for kind, number in step.arguments)
     return np.array(words, "<i8").tobytes()
+
+
+def _check(plan: Plan) -> None:
+    """UserError where the loader has no room for ``plan``."""
+    most = max((len(step.arguments) for step in plan.steps), default=0)
+    rank = max((len(slot.dims) for slot in plan.slots), default=0)
+    if most > MOST_ARGUMENTS or rank > RANK:
+        what = f"a kernel takes {most} tensors and numbers, a tensor has {rank} axes"
+        hint = f"phones' packages have room for {MOST_ARGUMENTS} and {RANK}; take runtime=onnxruntime"
+        raise UserError(what, hint=hint)
 
 
 def _listed(rows: Iterable[tuple[int, ...]]) -> list[int]:

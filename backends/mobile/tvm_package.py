@@ -24,8 +24,8 @@ from qcompile.backends.tvm.require import require_translation
 from qcompile.pipeline import Arrays, Context
 
 PLAN, PARAMETERS = "program.plan", "program.parameters"
-_ABIS = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
-_NATIVE = {
+ABIS = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
+NATIVE = {
     "native/qcompile_program.h": "the interface: open, run, close",
     "native/qcompile_program.c": "the loader, to be compiled into the app: C99, libc and dlopen",
     "native/qcompile_plan.c": "of the loader: the plan, read and checked",
@@ -99,18 +99,14 @@ class TvmPackage:
             "ship": ship,
             "bytes": sum((folder / name).stat().st_size for name in ship),
             "run": [f"the same plan and kernels, compiled for {here}: the figures of this report are theirs"],
-            "not_run": [_checked(headers.read(folder / self.system.library), self.system), _UNBUILT[self.platform]],
+            "not_run": [_checked(headers.read(folder / self.system.library), self.system), UNBUILT[self.platform]],
             "triple": self.system.triple,
         }
 
     def _write_samples(self, model: ir.Model, folder: Path) -> None:
-        words = {
-            "name": "qcompile program",
-            "abi": _ABIS.get(self.arch, ""),
-            "length": str(package.LENGTH),
-            "inputs": package.names(model.graph.inputs),
-            "outputs": package.names(model.graph.outputs),
-        }
+        library = '"${applicationInfo.nativeLibraryDir}/libprogram.so"'
+        assets = f'"{PLAN}", "{PARAMETERS}"'
+        words = package.words(model, abi=ABIS.get(self.arch, ""), assets=assets, library=library, needs="")
         for part in ("native", "native_tvm"):
             package.write_sample(part, folder / "native", words)
         where = folder if self.platform == "ios" else folder / "android"
@@ -120,7 +116,7 @@ class TvmPackage:
             self.system.library: f"the kernels, for {self.system.triple}",
             PLAN: "which kernel runs when, on what",
             PARAMETERS: "the weights",
-            **_NATIVE,
+            **NATIVE,
             **_SAMPLES[self.platform],
             package.SUMS: "`sha256sum --check SHA256SUMS`",
         }
@@ -131,7 +127,7 @@ class TvmPackage:
             "What was checked": [
                 f"run on {host.machine()}: the same plan with the same kernels; manifest.json has the figures",
                 f"not run: {_checked(header, self.system)}",
-                f"not run: {_UNBUILT[self.platform]}",
+                f"not run: {UNBUILT[self.platform]}",
             ],
         }
         lead = "The first three files are the program. Sizes and digests of all are in SHA256SUMS and manifest.json."
@@ -145,7 +141,7 @@ _COMMANDS = {
     "-o run`, push the folder with `adb`, then `./run . ./libprogram.so`",
     "ios": "none: add this folder to an Xcode project as a local package, and embed and sign `Kernels.xcframework`",
 }
-_UNBUILT = {
+UNBUILT = {
     "android": "the Gradle project and its C code are text that was not built with an NDK here",
     "ios": "the Swift package is text that was not built with Xcode here, and the framework is not signed",
 }
