@@ -38,7 +38,7 @@ _FILES = {
     PARAMETERS: "the weights",
     FILE: "the same plan for `qcompile run`, `verify` and `bench` on a machine with OpenCL; it stays at home",
     **NATIVE,
-    "native/qcompile_opencl.c": "of the loader: the vendor's library, found and opened; no header of OpenCL is needed",
+    "native/qcompile_device.c": "of the loader: the vendor's library, found and opened; no header of OpenCL is needed",
     "android/": "a Gradle project in Kotlin that takes all of this from where it lies",
     package.SUMS: "`sha256sum --check SHA256SUMS`",
 }
@@ -90,7 +90,7 @@ class OpenClPackage(OpenCl):
             library=f'"$filesDir/{driver.SOURCE}"',
             needs="".join(_NEEDS.format(name=name) for name in _LIBRARIES),
         )
-        for part in ("native", "native_opencl"):
+        for part in ("native", "native_gpu", "native_opencl"):
             package.write_sample(part, folder / "native", words)
         package.write_sample("android_tvm", folder / "android", words)
         notes = {

@@ -21,10 +21,10 @@ WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror")
 
 
 @functools.cache
-def runner(compiler: str = "cc", *options: str, loader: str = "native_tvm") -> Path:
-    """The command-line program, by ``compiler``, with the loader of the folder ``loader``."""
+def runner(compiler: str = "cc", *options: str, loader: Sequence[Path] = (SAMPLES / "native_tvm",)) -> Path:
+    """The command-line program, by ``compiler``, with the loader of the folders ``loader``."""
     folder = Path(tempfile.mkdtemp(prefix="runner"))
-    for path in (*(SAMPLES / "native").iterdir(), *(SAMPLES / loader).iterdir()):
+    for path in (path for part in (SAMPLES / "native", *loader) for path in part.iterdir()):
         (folder / path.name).write_text(path.read_text().replace("{{length}}", "8"))
     sources = map(str, sorted(folder.glob("*.c")))
     command = [compiler, *WARNINGS, "-O1", *options, *sources, "-ldl", "-o", str(folder / "run")]
@@ -54,9 +54,9 @@ class Tensor(ctypes.Structure):
 
 
 class Loaded:
-    """A package opened once by the loader of the folder ``loader``, in this process."""
+    """A package opened once by the loader of the folders ``loader``, in this process."""
 
-    def __init__(self, loader: str, folder: Path, library: str) -> None:
+    def __init__(self, loader: Sequence[Path], folder: Path, library: str) -> None:
         self._c = ctypes.CDLL(str(runner("cc", "-shared", "-fPIC", loader=loader)))
         self._c.qc_open.restype, self._c.qc_error.restype = ctypes.c_void_p, ctypes.c_char_p
         self._c.qc_memory.restype = ctypes.c_size_t

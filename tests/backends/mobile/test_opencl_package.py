@@ -26,7 +26,7 @@ from tests.backends.gpu import small
 from tests.backends.mobile import native
 from tests.integer.programs import texts
 
-SOURCE, LOADER = "program.cl", "native_opencl"
+SOURCE, LOADER = "program.cl", (native.SAMPLES / "native_gpu", native.SAMPLES / "native_opencl")
 SANITIZED = ("cc", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OPTIONS: dict[str, Any] = {"recipe": "w8a8_static", "max_samples": 8, "max_length": 24}
 needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="there is no C compiler")
@@ -47,7 +47,7 @@ def printed(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
 
 def test_the_folder_holds_source_plan_loader_and_sample(folder: Path) -> None:
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    loader = {f"native/{name}" for name in ("qcompile_program.h", "qcompile_opencl.c", "qcompile_plan.c", "main.c")}
+    loader = {f"native/{name}" for name in ("qcompile_program.h", "qcompile_device.c", "qcompile_plan.c", "main.c")}
     assert found >= {SOURCE, "program.plan", "program.parameters", "README.md", "SHA256SUMS", *loader}
     for name in found - {"program.plan", "program.parameters"}:
         assert "{{" not in (folder / name).read_text(), f"{name} has a place that nothing filled"

@@ -1,4 +1,4 @@
-/* OpenCL as phones have it: a library of the vendor's, found when the program runs. No header of OpenCL is needed. */
+/* The entry points of OpenCL 1.2 that qcompile_device.c takes from the vendor's library. */
 #ifndef QCOMPILE_OPENCL_H
 #define QCOMPILE_OPENCL_H
 
@@ -41,15 +41,5 @@
   X(int32_t, clReleaseContext, (void* context))
 
 #define QC_CL_POINTER(result, name, arguments) result(*name) arguments;
-
-typedef struct {
-  QC_CL(QC_CL_POINTER)
-  void *library, *device, *context, *queue, *program;
-  char name[128]; /* of the device */
-} qc_cl;
-
-/* The first device, GPUs before processors, with the kernels of the file ``source``. 0, or -1 and why in error. */
-int qc_cl_open(qc_cl* cl, const char* source, char* error, size_t size);
-void qc_cl_close(qc_cl* cl);
 
 #endif
