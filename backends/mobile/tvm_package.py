@@ -32,6 +32,11 @@ NATIVE = {
     "native/qcompile_shapes.c": "of the loader: inputs checked, shapes computed",
     "native/main.c": "a command-line program around it, with `native/CMakeLists.txt`",
 }
+_PARTS = {"android": {"android_tvm": "android"}, "ios": {"ios_swift": ".", "ios_tvm": "."}}
+_LIBRARY = {  # where it is in the app, in the sample's language
+    "android": '"${applicationInfo.nativeLibraryDir}/libprogram.so"',
+    "ios": '(Bundle.main.privateFrameworksPath ?? "") + "/Kernels.framework/Kernels"',
+}
 _SAMPLES = {
     "android": {"android/": "a Gradle project in Kotlin that takes all of this from where it lies"},
     "ios": {"Package.swift": "this folder as a Swift package", "swift/Program.swift": "the loader from Swift"},
@@ -104,13 +109,12 @@ class TvmPackage:
         }
 
     def _write_samples(self, model: ir.Model, folder: Path) -> None:
-        library = '"${applicationInfo.nativeLibraryDir}/libprogram.so"'
-        assets = f'"{PLAN}", "{PARAMETERS}"'
+        assets, library = f'"{PLAN}", "{PARAMETERS}"', _LIBRARY[self.platform]
         words = package.words(model, abi=ABIS.get(self.arch, ""), assets=assets, library=library, needs="")
         for part in ("native", "native_tvm"):
             package.write_sample(part, folder / "native", words)
-        where = folder if self.platform == "ios" else folder / "android"
-        package.write_sample(f"{self.platform}_tvm", where, words)
+        for part, where in _PARTS[self.platform].items():
+            package.write_sample(part, folder / where, words)
         header = headers.read(folder / self.system.library)
         files = {
             self.system.library: f"the kernels, for {self.system.triple}",

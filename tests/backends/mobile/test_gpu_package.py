@@ -15,7 +15,7 @@ pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-n
 
 import qcompile
 from qcompile.backends import by_name
-from qcompile.backends.mobile.opencl_package import OpenClPackage
+from qcompile.backends.mobile.gpu_package import MetalPackage, OpenClPackage
 from qcompile.calibration.runner import open_session
 from qcompile.driver import CompiledModel
 from qcompile.errors import UserError
@@ -23,10 +23,12 @@ from qcompile.models.architectures import cached_export
 from qcompile.pipeline import Arrays
 from tests.backends import ground
 from tests.backends.gpu import small
+from tests.backends.metal.shim import shared
 from tests.backends.mobile import native
 from tests.integer.programs import texts
 
 SOURCE, LOADER = "program.cl", (native.SAMPLES / "native_gpu", native.SAMPLES / "native_opencl")
+RUNTIME = Path(__file__).parents[1] / "metal/runtime"  # stands for Metal's classes
 SANITIZED = ("cc", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OPTIONS: dict[str, Any] = {"recipe": "w8a8_static", "max_samples": 8, "max_length": 24}
 needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="there is no C compiler")
@@ -37,10 +39,26 @@ def folder(tmp_path: Path) -> Path:
     return small.written(OpenClPackage(), tmp_path / "out")
 
 
+@pytest.fixture
+def metal(tmp_path: Path) -> Path:
+    return small.written(MetalPackage(), tmp_path / "out")
+
+
 def printed(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
     """What the package's own program prints, and what it complains of."""
     command = [str(native.runner(*SANITIZED, loader=LOADER)), str(folder), str(folder / SOURCE), *arguments]
-    variables = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **variables}  # the platform's own
+    return run(command, ASAN_OPTIONS="detect_leaks=0", **variables)  # PoCL's own leaks
+
+
+def printed_by_metal(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
+    """The same of a package for Metal, on the stand-in for its classes."""
+    loader = (native.SAMPLES / "native_gpu", native.SAMPLES / "native_metal", RUNTIME)
+    command = [str(native.runner(*SANITIZED, loader=loader)), str(folder), str(folder / "program.metal"), *arguments]
+    return run(command, **variables)
+
+
+def run(command: list[str], **variables: str) -> tuple[str, str]:
+    variables = {**os.environ, **variables}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     return done.stdout, done.stderr
 
@@ -56,13 +74,44 @@ def test_the_folder_holds_source_plan_loader_and_sample(folder: Path) -> None:
     assert "nothing was run on one" in (folder / "README.md").read_text()
 
 
+def expected(scratch: Path) -> tuple[list[str], str]:
+    """Inputs of the small program, and what a loader must print for them: the bits of ONNX Runtime."""
+    ir.save(small.model(), scratch / "model.onnx")
+    feeds = {"x": np.full((300, 40), 200, np.uint8), "keep": np.arange(300)[:, None] % 3 > 0}
+    results = open_session(scratch / "model.onnx").run(None, feeds)
+    text = native.digests(dict(zip(("y", "codes"), results, strict=True)))
+    return native.write_inputs(scratch, list(feeds.values())), text
+
+
 @needs_compiler
 def test_the_loader_gives_onnx_runtimes_bits_in_memory_that_it_may_use(platform: str, folder: Path) -> None:
-    ir.save(small.model(), folder / "model.onnx")
-    feeds = {"x": np.full((300, 40), 200, np.uint8), "keep": np.arange(300)[:, None] % 3 > 0}
-    results = open_session(folder / "model.onnx").run(None, feeds)
-    expected = native.digests(dict(zip(("y", "codes"), results, strict=True)))
-    assert printed(folder, *native.write_inputs(folder, list(feeds.values()))) == (expected, "")
+    inputs, text = expected(folder)
+    assert printed(folder, *inputs) == (text, "")
+
+
+@needs_compiler
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the stand-in jumps as x86-64 does")
+def test_the_loader_for_metal_on_a_stand_in_for_its_classes(metal: Path, tmp_path: Path) -> None:
+    kernels = {"KERNELS": str(shared(metal / "program.metal", tmp_path))}
+    inputs, text = expected(tmp_path)
+    assert printed_by_metal(metal, *inputs, **kernels) == (text, "")  # no leak, nothing released too often
+    for variables, what in (
+        ({"NO_METAL": "1"}, "Metal has no device here"),
+        ({"FEW": "1"}, "a stand-in runs kernel 'matmul_kernel' in blocks of 8 threads at most, not 256"),
+        ({"FAILS": "1"}, "Metal: it was lost"),
+    ):
+        assert what in printed_by_metal(metal, *inputs, **kernels, **variables)[1]
+    (metal / "program.metal").write_text("broken")
+    assert "a stand-in cannot compile the kernels: use of undeclared" in printed_by_metal(metal, *inputs, **kernels)[1]
+
+
+def test_the_folder_for_metal_is_a_swift_package(metal: Path) -> None:
+    found = {path.relative_to(metal).as_posix() for path in metal.rglob("*") if path.is_file()}
+    shipped = {"program.metal", "program.plan", "native/qcompile_device.c"}
+    assert found >= {*shipped, "Package.swift", "swift/Program.swift"}
+    assert "{{" not in "".join((metal / name).read_text() for name in found - {"program.plan", "program.parameters"})
+    assert '.linkedFramework("Metal")' in (metal / "Package.swift").read_text()
+    assert "program.metal was neither compiled nor run" in (metal / "README.md").read_text()
 
 
 @needs_compiler
@@ -86,9 +135,10 @@ def test_what_phones_gpus_cannot_do_is_refused(tmp_path: Path) -> None:
     model = ground.graph("agraph (double[rows, 4] x) => (double[rows, 4] y) { y = Add(x, x) }")
     with pytest.raises(UserError, match="computes in float64") as caught:
         OpenClPackage().package(model, tmp_path)
-    assert "leave gpu=opencl out" in str(caught.value.hint)
-    with pytest.raises(UserError, match=r"gpu=opencl is of runtime=tvm"):
-        by_name("android{gpu=opencl runtime=onnxruntime}")
+    assert "leave gpu out" in str(caught.value.hint)
+    for target in ("android{gpu=opencl runtime=onnxruntime}", "ios{gpu=metal runtime=onnxruntime}"):
+        with pytest.raises(UserError, match=r"gpu=\w+ is of runtime=tvm"):
+            by_name(target)
 
 
 def compiled(folder: Path, passes: str) -> tuple[CompiledModel, CompiledModel]:
