@@ -186,5 +186,5 @@ def test_a_program_of_floats_is_as_close_as_its_sums(platform: str, tmp_path: Pa
     loaded = native.Loaded(LOADER, tmp_path / "out", SOURCE)
     for feeds in given()[:2]:
         for found, expected in zip(loaded.run(list(feeds.values())), cpu.run(feeds).values(), strict=True):
-            assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+            assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     loaded.close()
