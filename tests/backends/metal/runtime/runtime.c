@@ -56,7 +56,11 @@ static void* retain(object* one, const char* name) { return (void)name, one->ref
 
 void* objc_autoreleasePoolPush(void) { return (void*)(pooled + 1); }
 void objc_autoreleasePoolPop(void* place) {
-  while (pooled > (size_t)place - 1) release(pool[--pooled], "release");
+  while (pooled > (size_t)place - 1) {
+    object* one = pool[--pooled];
+    pool[pooled] = NULL; /* so that what is held too long is found */
+    release(one, "release");
+  }
 }
 
 void* objc_getClass(const char* name) {
