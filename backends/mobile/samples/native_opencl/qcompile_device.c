@@ -137,8 +137,7 @@ void qc_device_close(qc_device* cl) {
   if (cl->program) cl->clReleaseProgram(cl->program);
   if (cl->queue) cl->clReleaseCommandQueue(cl->queue);
   if (cl->context) cl->clReleaseContext(cl->context);
-  if (cl->library) dlclose(cl->library);
-  free(cl);
+  free(cl); /* the library stays loaded: a driver may have threads of its own */
 }
 
 const char* qc_device_name(const qc_device* cl) { return cl->name; }
