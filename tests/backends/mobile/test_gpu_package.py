@@ -29,8 +29,10 @@ from tests.integer.programs import texts
 
 SOURCE, LOADER = "program.cl", (native.SAMPLES / "native_gpu", native.SAMPLES / "native_opencl")
 RUNTIME = Path(__file__).parents[1] / "metal/runtime"  # stands for Metal's classes
+METAL = (native.SAMPLES / "native_gpu", native.SAMPLES / "native_metal", RUNTIME)
 SANITIZED = ("cc", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OPTIONS: dict[str, Any] = {"recipe": "w8a8_static", "max_samples": 8, "max_length": 24}
+needs_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the stand-in jumps as x86-64 does")
 needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="there is no C compiler")
 
 
@@ -52,8 +54,7 @@ def printed(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
 
 def printed_by_metal(folder: Path, *arguments: str, **variables: str) -> tuple[str, str]:
     """The same of a package for Metal, on the stand-in for its classes."""
-    loader = (native.SAMPLES / "native_gpu", native.SAMPLES / "native_metal", RUNTIME)
-    command = [str(native.runner(*SANITIZED, loader=loader)), str(folder), str(folder / "program.metal"), *arguments]
+    command = [str(native.runner(*SANITIZED, loader=METAL)), str(folder), str(folder / "program.metal"), *arguments]
     return run(command, **variables)
 
 
@@ -90,7 +91,7 @@ def test_the_loader_gives_onnx_runtimes_bits_in_memory_that_it_may_use(platform:
 
 
 @needs_compiler
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the stand-in jumps as x86-64 does")
+@needs_x86
 def test_the_loader_for_metal_on_a_stand_in_for_its_classes(metal: Path, tmp_path: Path) -> None:
     kernels = {"KERNELS": str(shared(metal / "program.metal", tmp_path))}
     inputs, text = expected(tmp_path)
@@ -141,12 +142,9 @@ def test_what_phones_gpus_cannot_do_is_refused(tmp_path: Path) -> None:
             by_name(target)
 
 
-def compiled(folder: Path, passes: str) -> tuple[CompiledModel, CompiledModel]:
+def compiled(folder: Path, passes: str, target: str = "android{gpu=opencl}") -> tuple[CompiledModel, CompiledModel]:
     """A small BERT as a package in ``folder``, and for ONNX Runtime."""
-    made = [
-        qcompile.compile(cached_export("bert"), target=target, passes=passes, **OPTIONS)
-        for target in ("android{gpu=opencl}", "cpu")
-    ]
+    made = [qcompile.compile(cached_export("bert"), target=one, passes=passes, **OPTIONS) for one in (target, "cpu")]
     made[0].save(folder)
     return made[0], made[1]
 
@@ -177,6 +175,22 @@ def test_an_integer_program_gives_onnx_runtimes_bits_at_every_size(platform: str
     device = package.manifest["device"]
     assert platform in device["run"][0] and any("a phone's GPU" in line for line in device["not_run"])
     assert sizes[0] < sizes[1] == sizes[3]
+
+
+@needs_compiler
+@needs_x86
+@pytest.mark.slow
+def test_an_integer_program_for_metal_gives_onnx_runtimes_bits_on_the_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, cpu = compiled(tmp_path / "out", "os_plus,int_only", "ios{gpu=metal}")
+    monkeypatch.setenv("KERNELS", str(shared(tmp_path / "out/program.metal", tmp_path)))
+    loaded = native.Loaded(METAL, tmp_path / "out", "program.metal")
+    for feeds in given()[1:3]:
+        found = loaded.run(list(feeds.values()))
+        assert [array.tobytes() for array in found] == [array.tobytes() for array in cpu.run(feeds).values()]
+    loaded.close()
+    assert "neither compiled nor run" in package.manifest["device"]["run"][0]
 
 
 @needs_compiler
