@@ -17,21 +17,31 @@ from qcompile.backends.gpu.program import PARAMETERS
 from qcompile.backends.gpu.schedule import schedule
 from qcompile.backends.mobile.extract import extract
 from qcompile.backends.mobile.plan import Plan
-from qcompile.backends.tvm.package import common
+from qcompile.backends.tvm.package import bounds, common
 from qcompile.backends.tvm.program import FILE, describe
 from qcompile.backends.tvm.translate import translated
 from qcompile.errors import UserError
 from qcompile.progress import step
 
 
-def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
-    """Write ``model`` into ``folder``; the source of its kernels. ``kind``: TVM's target."""
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """The source of a program's kernels, and what it says of them."""
+
+    source: str
+    plan: Plan
+    launches: Sequence[Launch]
+
+
+def write(model: ir.Model, folder: Path, kind: Mapping[str, str], threads: int) -> Written:
+    """Write ``model`` into ``folder``, but for its source. ``kind``: TVM's target; ``threads``: of a block."""
     target = Target(dict(kind), host="llvm")
     found = translated(model, tiles=False, target=target)
-    module = schedule(found.module, rows=kind["kind"] == "cuda")
+    module = schedule(found.module, rows=kind["kind"] == "cuda", threads=threads)
     ports = [[str(value.name) for value in values] for values in (model.graph.inputs, model.graph.outputs)]
     try:
         plan = extract(module, found.parameters, *ports)
+        plan.rows, plan.longest = bounds(model)
     except UserError as error:
         raise UserError(error.message, hint="--target cpu runs every program") from error
     with step(f"writing {len(plan.kernels)} kernels for {kind['kind']}"):
@@ -41,7 +51,7 @@ def write(model: ir.Model, folder: Path, kind: Mapping[str, str]) -> str:
         for piece in plan.pieces():
             file.write(piece)
     _describe(model, folder, kind, found.products, plan, launches)
-    return source
+    return Written(source, plan, launches)
 
 
 def tell(folder: Path, facts: Mapping[str, Any]) -> None:

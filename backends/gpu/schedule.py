@@ -1,4 +1,4 @@
-"""GPU schedules: a thread for each element of a stage, blocks of ``THREADS``; for a sum or maximum of a row, a block.
+"""GPU schedules: a thread for each element of a stage, blocks of 256 or fewer; for a sum or maximum of a row, a block.
 
 elements  loops joined and cut into blocks; products that no kernel of ours takes add up inside a thread
 rows      on CUDA a block for each result, its threads side by side along the row, then through shuffles
@@ -19,10 +19,13 @@ from qcompile.backends.tvm.written import SCHEDULED
 THREADS, LANES = 256, 32
 
 
-def schedule(module: tvm.IRModule, *, rows: bool) -> tvm.IRModule:
-    """``module`` with every PrimFunc bound to the threads of a GPU; ``rows``: a block for each row that is added up."""
+def schedule(module: tvm.IRModule, *, rows: bool, threads: int = THREADS) -> tvm.IRModule:
+    """``module`` with every PrimFunc bound to the threads of a GPU, ``threads`` to a block.
+
+    rows: a block for each row that is added up
+    """
     loops = {
-        variable: _bound(function, rows)
+        variable: _bound(function, rows, threads)
         for variable, function in module.functions.items()
         if isinstance(function, tirx.PrimFunc) and not (function.attrs and SCHEDULED in function.attrs)
     }
@@ -30,7 +33,7 @@ def schedule(module: tvm.IRModule, *, rows: bool) -> tvm.IRModule:
     return tvm.IRModule(found, attrs=module.attrs)
 
 
-def _bound(function: tirx.PrimFunc, rows: bool) -> tirx.PrimFunc:
+def _bound(function: tirx.PrimFunc, rows: bool, most: int) -> tirx.PrimFunc:
     sch = Schedule(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}))
     for block in sch.get_child_blocks(sch.get_sblock("root", "main")):
         loops = sch.get_loops(block)
@@ -45,7 +48,7 @@ def _bound(function: tirx.PrimFunc, rows: bool) -> tirx.PrimFunc:
             sch.bind(sch.fuse(*outer), "blockIdx.x")
             sch.bind(lanes, "threadIdx.x")
             continue
-        blocks, threads = sch.split(sch.fuse(*outer), [None, THREADS])
+        blocks, threads = sch.split(sch.fuse(*outer), [None, most])
         sch.bind(blocks, "blockIdx.x")
         sch.bind(threads, "threadIdx.x")
         if inner:

@@ -30,6 +30,7 @@ class GpuTarget(abc.ABC):
     name: ClassVar[str]
     description: ClassVar[str]
     kernels: ClassVar[tuple[str, ...]] = KERNELS
+    threads: ClassVar[int] = 256  # of a block, at most
 
     @property
     def kind(self) -> dict[str, str]:
@@ -42,7 +43,7 @@ class GpuTarget(abc.ABC):
 
     @functools.cached_property
     def held(self) -> dict[str, Any]:
-        """What is known only while a package is made: ``model``, and what ``write_source`` puts there."""
+        """What is known only while a package is made: ``model``, what was ``written``, and what targets put there."""
         return {}
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
@@ -57,7 +58,8 @@ class GpuTarget(abc.ABC):
         from qcompile.backends.gpu import package
 
         self.held["model"] = model
-        self.write_source(package.write(model, folder, self.kind), folder)
+        self.held["written"] = written = package.write(model, folder, self.kind, self.threads)
+        self.write_source(written.source, folder)
 
     @abc.abstractmethod
     def write_source(self, source: str, folder: Path) -> None:

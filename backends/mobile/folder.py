@@ -25,6 +25,12 @@ def _extents(value: ir.Value) -> str:
     return "[" + ", ".join(str(d.value if isinstance(d, ir.SymbolicDim) else d) for d in dims) + "]"
 
 
+def words(model: ir.Model, **more: str) -> dict[str, str]:
+    """What ``{{word}}`` means in the files of sample projects."""
+    ports = {"inputs": names(model.graph.inputs), "outputs": names(model.graph.outputs)}
+    return {"name": "qcompile program", "length": str(LENGTH), **ports, **more}
+
+
 def write_sample(kind: str, folder: Path, words: Mapping[str, str]) -> None:
     """Copy the sample project ``kind`` into ``folder``, each ``{{word}}`` of its files replaced."""
     _copy(resources.files("qcompile.backends.mobile") / "samples" / kind, folder, words)

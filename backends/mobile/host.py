@@ -10,6 +10,7 @@ from tvm import ir
 from tvm.target import Target
 
 from qcompile.backends.mobile.plan import Plan, Slot, derived
+from qcompile.backends.tvm.program import check_indices
 from qcompile.errors import UserError
 from qcompile.pipeline import Arrays
 
@@ -33,6 +34,8 @@ class Host:
     def __call__(self, feeds: Arrays) -> Arrays:
         plan = self._plan
         given = [np.asarray(feeds[name], order="C") for name, _ in plan.inputs]
+        for (name, _), array in zip(plan.inputs, given, strict=True):
+            check_indices(name, array, plan.rows.get(name, 0), plan.longest)
         values = plan.values([array.shape for array in given])
         held: dict[int, Any] = {}
         for number, step in enumerate(plan.steps):

@@ -1,7 +1,7 @@
 """The kernels of a plan as a library for one processor: LLVM through TVM, then ``link``.
 
 needs:    PrimFuncs that are scheduled, or not: loops that no schedule has touched still compile
-ensures:  nothing of TVM's runtime but pointers to three functions (workspaces, threads), which ``program.c`` sets
+ensures:  nothing of TVM's runtime but pointers to three functions (workspaces, threads), which the loader sets
 """
 
 from __future__ import annotations

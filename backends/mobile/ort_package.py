@@ -60,14 +60,7 @@ class OrtPackage:
     def package(self, model: ir.Model, folder: Path) -> None:
         self._cpu.package(model, folder)
         ort_format.convert(folder)
-        words = {
-            "name": "qcompile program",
-            "abi": "arm64-v8a",
-            "version": require_onnxruntime().__version__,
-            "length": str(package.LENGTH),
-            "inputs": package.names(model.graph.inputs),
-            "outputs": package.names(model.graph.outputs),
-        }
+        words = package.words(model, abi="arm64-v8a", version=require_onnxruntime().__version__)
         package.write_sample(f"{self.platform}_onnxruntime", folder / self.platform, words)
         notes = {
             "The program": [f"inputs: {words['inputs']}", f"outputs: {words['outputs']}"],

@@ -1,6 +1,6 @@
 """The plan of a program: which kernels run in which order on which memory, for shapes that are known when it runs.
 
-``encode`` writes the file that ``program.c`` reads: 8-byte little-endian integers, texts padded to whole ones.
+``encode`` writes the file that ``qcompile_plan.c`` reads: 8-byte little-endian integers, texts padded to whole ones.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from typing import Literal
 
 import numpy as np
 
-MAGIC = int.from_bytes(b"QCPLAN01", "little")
+from qcompile.calibration.inputs import UNLIMITED
+from qcompile.errors import UserError
+
+MOST_ARGUMENTS, RANK = 64, 8  # of a step and of a tensor, in qcompile_plan.h
+MAGIC = int.from_bytes(b"QCPLAN02", "little")
 LEAST = 2**16  # bytes of a parameter that is worth deriving from another
 ALIGNMENT = 64  # bytes: of parameters and of intermediate results
 
 Place = Literal["input", "parameter", "temporary", "view", "derived"]
 PLACES: tuple[Place, ...] = ("input", "parameter", "temporary", "view", "derived")
 _TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}  # as DLPack counts them
+ARGUMENTS = ("tensor", "dim", "int32", "uint32", "uint64")  # a dim has 64 bits
 OPERATIONS = ("number", "variable", "+", "-", "*", "//", "%", "max", "min")
 
 # In postfix order: ("number", 3), ("variable", 0), ("+", 0)
@@ -47,15 +52,23 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call: of kernel number ``kernel`` on ("tensor", number) and ("dim", number of an expression)."""
+    """One call: of kernel number ``kernel`` on ("tensor", number) and ("dim", number of an expression).
+
+    Of a launch on a GPU, dims may have another type, ``grid`` is the expression of its blocks, ``block`` the threads.
+    """
 
     kernel: int
-    arguments: tuple[tuple[Literal["tensor", "dim"], int], ...]
+    arguments: tuple[tuple[str, int], ...]
+    grid: int = 0
+    block: int = 0
 
 
 @dataclasses.dataclass
 class Plan:
-    """``variables``: (number of an input, axis) that gives each; ``parameters``: by place in the file."""
+    """``variables``: (number of an input, axis) that gives each; ``parameters``: by place in the file.
+
+    rows: by input, of the table that its ids are of; longest: tokens that there are positions for
+    """
 
     variables: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     expressions: list[Code] = dataclasses.field(default_factory=list)
@@ -65,6 +78,8 @@ class Plan:
     kernels: list[str] = dataclasses.field(default_factory=list)
     steps: list[Step] = dataclasses.field(default_factory=list)
     parameters: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    longest: int = UNLIMITED
 
     @property
     def parameter_bytes(self) -> int:
@@ -162,7 +177,8 @@ def evaluate(code: Code, variables: Sequence[int]) -> int:
 
 def encode(plan: Plan, target: str, digest: str) -> bytes:
     """``plan`` as a file; ``target``: whom the kernels are for, ``digest``: SHA-256 of the file of parameters."""
-    words = [MAGIC, *_text(target), *_text(digest), plan.parameter_bytes]
+    _check(plan)
+    words = [MAGIC, *_text(target), *_text(digest), plan.parameter_bytes, plan.longest]
     words += _listed((number, axis) for number, axis in plan.variables)
     words.append(len(plan.expressions))
     for code in plan.expressions:
@@ -173,13 +189,23 @@ def encode(plan: Plan, target: str, digest: str) -> bytes:
         words += [PLACES.index(slot.place), slot.source, *type_of(slot.dtype), first, slot.last]
         words += _listed((dim,) for dim in slot.dims)
     for ports in (plan.inputs, plan.outputs):
-        words += _listed((*_text(name), slot) for name, slot in ports)
+        words += _listed((*_text(name), slot, plan.rows.get(name, 0)) for name, slot in ports)
     words += _listed(tuple(_text(name)) for name in plan.kernels)
     words.append(len(plan.steps))
     for step in plan.steps:
-        words.append(step.kernel)
-        words += _listed((int(kind == "dim"), number) for kind, number in step.arguments)
+        words += [step.kernel, step.grid, step.block]
+        words += _listed((ARGUMENTS.index(kind), number) for kind, number in step.arguments)
     return np.array(words, "<i8").tobytes()
+
+
+def _check(plan: Plan) -> None:
+    """UserError where the loader has no room for ``plan``."""
+    most = max((len(step.arguments) for step in plan.steps), default=0)
+    rank = max((len(slot.dims) for slot in plan.slots), default=0)
+    if most > MOST_ARGUMENTS or rank > RANK:
+        what = f"a kernel takes {most} tensors and numbers, a tensor has {rank} axes"
+        hint = f"phones' packages have room for {MOST_ARGUMENTS} and {RANK}; take runtime=onnxruntime"
+        raise UserError(what, hint=hint)
 
 
 def _listed(rows: Iterable[tuple[int, ...]]) -> list[int]:

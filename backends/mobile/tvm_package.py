@@ -24,11 +24,18 @@ from qcompile.backends.tvm.require import require_translation
 from qcompile.pipeline import Arrays, Context
 
 PLAN, PARAMETERS = "program.plan", "program.parameters"
-_ABIS = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
-_NATIVE = {
+ABIS = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
+NATIVE = {
     "native/qcompile_program.h": "the interface: open, run, close",
     "native/qcompile_program.c": "the loader, to be compiled into the app: C99, libc and dlopen",
+    "native/qcompile_plan.c": "of the loader: the plan, read and checked",
+    "native/qcompile_shapes.c": "of the loader: inputs checked, shapes computed",
     "native/main.c": "a command-line program around it, with `native/CMakeLists.txt`",
+}
+_PARTS = {"android": {"android_tvm": "android"}, "ios": {"ios_swift": ".", "ios_tvm": "."}}
+_LIBRARY = {  # where it is in the app, in the sample's language
+    "android": '"${applicationInfo.nativeLibraryDir}/libprogram.so"',
+    "ios": '(Bundle.main.privateFrameworksPath ?? "") + "/Kernels.framework/Kernels"',
 }
 _SAMPLES = {
     "android": {"android/": "a Gradle project in Kotlin that takes all of this from where it lies"},
@@ -64,6 +71,7 @@ class TvmPackage:
         from qcompile.backends.mobile.host import Host
         from qcompile.backends.mobile.kernels import write_library
         from qcompile.backends.mobile.plan import encode
+        from qcompile.backends.tvm.package import bounds
         from qcompile.backends.tvm.schedule import schedule
         from qcompile.backends.tvm.translate import translated
 
@@ -71,6 +79,7 @@ class TvmPackage:
         module = schedule(found.module)
         ports = [[str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
         plan = extract(module, found.parameters, *ports)
+        plan.rows, plan.longest = bounds(model)
         digest = hashlib.sha256()
         with (folder / PARAMETERS).open("wb") as file:
             for piece in plan.pieces():
@@ -95,27 +104,23 @@ class TvmPackage:
             "ship": ship,
             "bytes": sum((folder / name).stat().st_size for name in ship),
             "run": [f"the same plan and kernels, compiled for {here}: the figures of this report are theirs"],
-            "not_run": [_checked(headers.read(folder / self.system.library), self.system), _UNBUILT[self.platform]],
+            "not_run": [_checked(headers.read(folder / self.system.library), self.system), UNBUILT[self.platform]],
             "triple": self.system.triple,
         }
 
     def _write_samples(self, model: ir.Model, folder: Path) -> None:
-        words = {
-            "name": "qcompile program",
-            "abi": _ABIS.get(self.arch, ""),
-            "length": str(package.LENGTH),
-            "inputs": package.names(model.graph.inputs),
-            "outputs": package.names(model.graph.outputs),
-        }
-        package.write_sample("native", folder / "native", words)
-        where = folder if self.platform == "ios" else folder / "android"
-        package.write_sample(f"{self.platform}_tvm", where, words)
+        assets, library = f'"{PLAN}", "{PARAMETERS}"', _LIBRARY[self.platform]
+        words = package.words(model, abi=ABIS.get(self.arch, ""), assets=assets, library=library, needs="")
+        for part in ("native", "native_tvm"):
+            package.write_sample(part, folder / "native", words)
+        for part, where in _PARTS[self.platform].items():
+            package.write_sample(part, folder / where, words)
         header = headers.read(folder / self.system.library)
         files = {
             self.system.library: f"the kernels, for {self.system.triple}",
             PLAN: "which kernel runs when, on what",
             PARAMETERS: "the weights",
-            **_NATIVE,
+            **NATIVE,
             **_SAMPLES[self.platform],
             package.SUMS: "`sha256sum --check SHA256SUMS`",
         }
@@ -126,7 +131,7 @@ class TvmPackage:
             "What was checked": [
                 f"run on {host.machine()}: the same plan with the same kernels; manifest.json has the figures",
                 f"not run: {_checked(header, self.system)}",
-                f"not run: {_UNBUILT[self.platform]}",
+                f"not run: {UNBUILT[self.platform]}",
             ],
         }
         lead = "The first three files are the program. Sizes and digests of all are in SHA256SUMS and manifest.json."
@@ -136,11 +141,11 @@ class TvmPackage:
 
 
 _COMMANDS = {
-    "android": "`$NDK/toolchains/llvm/prebuilt/*/bin/aarch64-linux-android24-clang native/main.c "
-    "native/qcompile_program.c -o run`, push the folder with `adb`, then `./run . ./libprogram.so`",
+    "android": "`$NDK/toolchains/llvm/prebuilt/*/bin/aarch64-linux-android24-clang native/*.c "
+    "-o run`, push the folder with `adb`, then `./run . ./libprogram.so`",
     "ios": "none: add this folder to an Xcode project as a local package, and embed and sign `Kernels.xcframework`",
 }
-_UNBUILT = {
+UNBUILT = {
     "android": "the Gradle project and its C code are text that was not built with an NDK here",
     "ios": "the Swift package is text that was not built with Xcode here, and the framework is not signed",
 }

@@ -14,10 +14,11 @@ from qcompile.errors import UserError
 
 SOURCE = "program.cl"
 INSTALL = "apt-get install pocl-opencl-icd ocl-icd-libopencl1 (OpenCL on the processor), or your GPU's own driver"
-# Quotients and roots as IEEE rounds them; the source itself keeps products and sums apart.
-OPTIONS = b"-cl-std=CL1.2 -cl-fp32-correctly-rounded-divide-sqrt"
+# Quotients and roots as IEEE rounds them, where the device can; the source itself keeps products and sums apart.
+OPTIONS, EXACT = b"-cl-std=CL1.2", b" -cl-fp32-correctly-rounded-divide-sqrt"
 _GPU, _EVERY = 1 << 2, 0xFFFFFFFF
 _NAME, _BUILD_LOG, _READ_WRITE, _BLOCKING = 0x102B, 0x1183, 1, 1
+_FLOATS, _CAN_BE_EXACT = 0x101B, 1 << 7
 _Number, _Place = ctypes.c_uint32, ctypes.c_void_p
 
 
@@ -114,7 +115,10 @@ class Platform:
         text, length = ctypes.c_char_p(source), ctypes.c_size_t(len(source))
         given = _Number(1), ctypes.byref(text), ctypes.byref(length)
         program = self._made("clCreateProgramWithSource", self._context, *given)
-        status = self._library.clBuildProgram(program, _Number(1), ctypes.byref(self._device), OPTIONS, None, None)
+        floats = ctypes.c_uint64()
+        self._library.clGetDeviceInfo(self._device, _Number(_FLOATS), _size(8), ctypes.byref(floats), None)
+        options = OPTIONS + EXACT * bool(floats.value & _CAN_BE_EXACT)
+        status = self._library.clBuildProgram(program, _Number(1), ctypes.byref(self._device), options, None, None)
         if status:
             said = _text(self._library, "clGetProgramBuildInfo", program, self._device, _BUILD_LOG)
             lines = [line for line in said.splitlines() if "error" in line] or [f"error {status}"]

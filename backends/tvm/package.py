@@ -65,15 +65,20 @@ def _describe(
 
 
 def common(model: ir.Model) -> dict[str, Any]:
-    """What every ``program.json`` has; ``longest``: tokens that there are positions for; ``rows``: of a table."""
-    rows = {item.name: item.vocabulary for item in model_inputs(model)}
+    """What every ``program.json`` has; ``longest`` and ``rows`` as ``bounds`` gives them."""
+    rows, longest = bounds(model)
     return {
         "format": FORMAT,
         "tvm": tvm.__version__,
         "inputs": [{**port_of(value), "rows": rows[str(value.name)]} for value in model.graph.inputs],
         "outputs": [port_of(value) for value in model.graph.outputs],
-        "longest": position_limits(model)[0],
+        "longest": longest,
     }
+
+
+def bounds(model: ir.Model) -> tuple[dict[str, int], int]:
+    """By input, the rows of the table that its ids are of, 0 for none; and the tokens that there are positions for."""
+    return {item.name: item.vocabulary for item in model_inputs(model)}, position_limits(model)[0]
 
 
 def port_of(value: ir.Value) -> dict[str, Any]:

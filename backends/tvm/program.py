@@ -132,17 +132,18 @@ class Ports(abc.ABC):
         if array.dtype.name != port.dtype or not fits:
             what = f"the input '{port.name}' is {array.dtype.name} {array.shape}"
             raise UserError(what, hint=f"it must be {port.dtype} {tuple(shape)}")
-        self._check_indices(port, array)
+        check_indices(port.name, array, port.rows, self._longest)
         return self._taken(array)
 
-    def _check_indices(self, port: Port, array: np.ndarray) -> None:
-        """No kernel checks what it reads a table at."""
-        if array.ndim == 2 and array.dtype.kind == "i" and array.shape[1] > self._longest:
-            what = f"the input '{port.name}' has {array.shape[1]} tokens, but the program has {self._longest} positions"
-            raise UserError(what, hint=f"cut it to {self._longest} tokens")
-        if port.rows and array.size and not 0 <= array.min() <= array.max() < port.rows:
-            what = f"the input '{port.name}' has ids from {array.min()} to {array.max()}, its table {port.rows} rows"
-            raise UserError(what, hint=f"give ids from 0 to {port.rows - 1}")
+
+def check_indices(name: str, array: np.ndarray, rows: int, longest: int) -> None:
+    """No kernel checks what it reads a table at: UserError for ids beyond ``rows`` and texts beyond ``longest``."""
+    if array.ndim == 2 and array.dtype.kind == "i" and array.shape[1] > longest:
+        what = f"the input '{name}' has {array.shape[1]} tokens, but the program has {longest} positions"
+        raise UserError(what, hint=f"cut it to {longest} tokens")
+    if rows and array.size and not 0 <= array.min() <= array.max() < rows:
+        what = f"the input '{name}' has ids from {array.min()} to {array.max()}, its table {rows} rows"
+        raise UserError(what, hint=f"give ids from 0 to {rows - 1}")
 
 
 class Session(Ports):

@@ -15,8 +15,9 @@ typedef unsigned long ulong;
 
 namespace metal {
 using std::abs; using std::exp; using std::floor; using std::fmod; using std::sqrt; using std::tanh;
-template <class T, class U> static auto max(T a, U b) { return a > b ? a : b; }
-template <class T, class U> static auto min(T a, U b) { return a < b ? a : b; }
+template <class T> static T max(T a, T b) { return a > b ? a : b; }
+template <class T> static T min(T a, T b) { return a < b ? a : b; }
+template <class T> static T select(T a, T b, bool chosen) { return chosen ? b : a; }
 template <class T, class U> static T as_type(U value) {
     static_assert(sizeof(T) == sizeof(U));
     T found;

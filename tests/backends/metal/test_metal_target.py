@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,14 @@ from qcompile.backends.metal import target
 from qcompile.errors import UserError
 from tests.backends.cuda.emulated import Emulated
 from tests.backends.gpu import small
-
-SHIM = Path(__file__).with_name("shim.h")
-_KERNEL = re.compile(r"^kernel void (\w+)\(", re.MULTILINE)
+from tests.backends.metal.shim import shared
 
 
 class OnShim(Emulated):
     """``gpu.program.Device`` in memory of this process: g++ compiles the very source, and loops stand for threads."""
 
     def __init__(self, source: Path, scratch: Path) -> None:
-        text = source.read_text()
-        doors = [
-            f'extern "C" void launch_{name}(void **a, uint g, uint b) {{ launch({name}, a, g, b); }}'
-            for name in _KERNEL.findall(text)
-        ]
-        (scratch / "metal_stdlib").write_text(f'#include "{SHIM}"\n')
-        (scratch / "all.cpp").write_text("\n".join([text, *doors]))
-        command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]
-        command += [f"-I{scratch}", "-o", str(scratch / "all.so"), str(scratch / "all.cpp")]
-        subprocess.run(command, check=True)
-        self._library = ctypes.CDLL(str(scratch / "all.so"))
+        self._library = ctypes.CDLL(str(shared(source, scratch)))
         self.memory: dict[int, Any] = {}
 
     def launch(self, kernel: str, grid: int, block: int, arguments: Sequence[Any]) -> None:

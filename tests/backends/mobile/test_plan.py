@@ -22,6 +22,12 @@ from qcompile.errors import UserError
 from tests.backends.mobile import native, toy
 
 IDS = np.array([[1, 2, 3], [30, 31, 0]])
+LONGEST = 5
+BEYOND = {
+    "the id 32, its table 32 rows": np.array([[1, 2], [toy.ROWS, 0]]),
+    "the id -1, its table 32 rows": np.array([[0, -1]]),
+    "6 tokens, but the program has 5 positions": np.zeros((1, LONGEST + 1), np.int64),
+}
 needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="there is no C compiler")
 
 
@@ -30,7 +36,9 @@ def planned() -> tuple[Plan, Any]:
     module, parameters = toy.module()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "LEAST", 0)
-        return extract(module, parameters, toy.INPUTS, toy.OUTPUTS), module
+        plan = extract(module, parameters, toy.INPUTS, toy.OUTPUTS)
+    plan.rows, plan.longest = {"ids": toy.ROWS}, LONGEST
+    return plan, module
 
 
 def write(folder: Path, triple: str = "x86_64-linux-gnu") -> list[str]:
@@ -117,6 +125,18 @@ def test_the_loader_says_what_is_wrong(tmp_path: Path) -> None:
     weights = (tmp_path / "program.parameters").read_bytes()
     (tmp_path / "program.parameters").write_bytes(weights[:-100])
     assert "parameters is not the plan's" in error()
+
+
+@needs_compiler
+def test_the_loader_and_the_plan_run_here_refuse_what_is_beyond_the_tables(tmp_path: Path) -> None:
+    program, *arguments = write(tmp_path)
+    host = Host(*planned())
+    for what, ids in BEYOND.items():
+        inputs = native.write_inputs(tmp_path, [ids])
+        done = subprocess.run([program, *arguments, *inputs], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: input 'ids' has {what}\n")
+        with pytest.raises(UserError, match="input 'ids' has"):
+            host({"ids": ids})
 
 
 @needs_compiler

@@ -8,8 +8,7 @@ let package = Package(
     targets: [
         .binaryTarget(name: "Kernels", path: "Kernels.xcframework"),
         .target(
-            name: "CProgram", path: "native", exclude: ["main.c", "CMakeLists.txt"], sources: ["qcompile_program.c"],
-            publicHeadersPath: "."),
+            name: "CProgram", path: "native", exclude: ["main.c", "CMakeLists.txt"], publicHeadersPath: "."),
         .target(
             name: "Program", dependencies: ["CProgram", "Kernels"], path: ".",
             exclude: ["native", "Kernels.xcframework", "README.md", "SHA256SUMS", "manifest.json", "report.html"],

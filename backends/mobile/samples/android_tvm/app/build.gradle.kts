@@ -20,9 +20,10 @@ android {
 
 // The program lies two folders up.
 val program by tasks.registering(Copy::class) {
-    from("../../program.plan", "../../program.parameters")
+    from(listOf({{assets}}).map { "../../$it" })
     into(layout.buildDirectory.dir("program"))
 }
+// Where there is a library: source for the GPU is one of the assets.
 val library by tasks.registering(Copy::class) {
     from("../../libprogram.so")
     into(layout.buildDirectory.dir("library/{{abi}}"))

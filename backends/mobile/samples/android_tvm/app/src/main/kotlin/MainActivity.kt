@@ -9,11 +9,10 @@ import java.io.File
 class MainActivity : Activity() {
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
-        for (name in listOf("program.plan", "program.parameters")) {
+        for (name in listOf({{assets}})) {
             assets.open(name).use { from -> File(filesDir, name).outputStream().use { from.copyTo(it) } }
         }
-        val library = "${applicationInfo.nativeLibraryDir}/libprogram.so"
-        setContentView(TextView(this).apply { text = run(library, filesDir.path, {{length}}) })
+        setContentView(TextView(this).apply { text = run({{library}}, filesDir.path, {{length}}) })
     }
 
     private external fun run(library: String, folder: String, length: Int): String

@@ -18,7 +18,7 @@ public final class Program {
 
     deinit { qc_close(program) }
 
-    public static var embedded: String { (Bundle.main.privateFrameworksPath ?? "") + "/Kernels.framework/Kernels" }
+    public static var embedded: String { {{library}} }
 
     /// The outputs, in order, for 8-byte integers such as token ids: every input is `shape`, filled from `values`.
     public func run(_ values: [[Int64]], shape: [Int64]) throws -> [Data] {
