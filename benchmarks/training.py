@@ -107,7 +107,7 @@ class Run:
         import torch
 
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self._schedule()
+            group["lr"] = rate * self._schedule() * (self._clip_rate() if group["name"] == "clip" else 1.0)
         ids = self.corpus.batch(self.recipe.seed, self.step, self.given.rows, self.recipe.positions)
         self.step += 1
         return one_step(self.model, self.optimizer, torch.from_numpy(ids).to(self.given.device), self.given.bfloat16)
@@ -117,6 +117,11 @@ class Run:
         longer or shorter until the fifth begins, and is what it had been with those --steps from the start."""
         left: float = (self.given.steps - self.step) / max(1, COOLED * self.given.steps)
         return min(1.0, (self.step + 1) / WARMUP, 0.1 + 0.9 * left)
+
+    def _clip_rate(self) -> float:
+        """Over that of weights: ranges follow activations that grow fast at first; at that rate they collapse later."""
+        left: float = 1 - self.step / self.given.steps
+        return 1 + (self.given.clip_rate - 1) * left
 
 
 def one_step(model: Any, optimizer: Any, ids: torch.Tensor, bfloat16: bool) -> float:
@@ -169,6 +174,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=50, help="steps between turns, figures and checkpoints")
     parser.add_argument("--rows", type=int, default=4, help="windows of 128 tokens in a batch")
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--clip-rate", type=float, default=10.0, metavar="X", help="of clips at first; 1 at the end")
     parser.add_argument("--kurtosis", type=float, default=3e-4)
     parser.add_argument("--layers", type=int, default=SmallLm.layers)
     parser.add_argument("--width", type=int, default=SmallLm.width)

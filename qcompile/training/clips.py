@@ -22,6 +22,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 START_QUANTILE = 1e-4  # of the first batch's values lies outside the first range, on either side
 START_VALUES = 1 << 16
 UNITS = 16  # of the first range: what is smaller is learned by steps of one size, what is larger by shares of itself
+NARROW = 1  # units; what is not wider gets no gradient that narrows it: it would go on until nothing is left
 SLACK = 1e-5  # of a step; a value that close to an end is not cut
 BLOCK = 1 << 16  # values that a CPU takes at a time
 
@@ -256,6 +257,8 @@ class _Affine(torch.autograd.Function):
         d_low = cut - d_high
         d_minus = d_low * (low <= 0) * (unit**2 + low**2) ** 0.5
         d_plus = d_high * (high >= 0) * (unit**2 + high**2) ** 0.5
+        narrow = (high - low <= NARROW * unit) / 2
+        d_minus, d_plus = d_minus + narrow * (abs(d_minus) - d_minus), d_plus - narrow * (abs(d_plus) + d_plus)
         return found, _like(d_minus, scale), _like(d_plus, scale), None
 
 

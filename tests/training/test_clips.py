@@ -187,3 +187,17 @@ def test_under_autocast_the_output_is_what_a_linear_casts_to() -> None:
     for found, expected in zip(cast[1:], plain[1:], strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, narrowed", [(1.0, True), (0.01, False)])
+def test_a_narrow_range_is_not_narrowed_further(size: float, narrowed: bool) -> None:
+    clip = ActClip(4)
+    clip.start(torch.tensor([-1.0]), torch.tensor([1.0]))
+    clip.mark_started()
+    for part in clip.parameters():
+        part.data.mul_(size)
+    clip(torch.full((64,), 2.0)).sum().backward()
+    assert (float(clip.c_plus.grad) > 0) == narrowed, "the loss falls where c_plus does"  # type: ignore[arg-type]
+    clip.zero_grad()
+    (-clip(torch.full((64,), 2.0))).sum().backward()
+    assert float(clip.c_plus.grad) < 0, "it may grow"  # type: ignore[arg-type]
