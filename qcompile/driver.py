@@ -144,7 +144,9 @@ def compile(
             torch_only = {"example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
             taken = take(model, workspace, allow_pickle=allow_pickle, with_past=with_past, **torch_only)
             words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
-            samples, described = take_samples(taken.model, calibration, words, max_samples, max_length, seed)
+            samples, described = take_samples(
+                taken.model, calibration, words, max_samples, max_length, seed, workspace
+            )
             ctx = context(workspace, settings, backend, samples, max_drop, seed)
             ctx.resume = None if resume is None else _lasting(Path(resume))
             inputs = _inputs(taken, described, words)
@@ -427,7 +429,7 @@ def analyze(
     with Workspace() as workspace, writing():
         taken = take(model, workspace, allow_pickle=allow_pickle)
         words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
-        samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length)
+        samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length, workspace=workspace)
         ctx = context(workspace, settings, backends.by_name("cpu"), samples)
         run_pipeline(taken.model, pipeline, ctx, [Verify(), Timer(len(pipeline))])
         entry = ctx.ledger.current.as_dict()
