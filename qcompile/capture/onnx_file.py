@@ -68,6 +68,7 @@ def read_onnx(path: Path) -> ir.Model:
     with _where(path), _quiet():
         model = _read(path)
         check_opset(model)
+        _check_ports(model, path)
         _check_wired(model, path)
         check_tensors(model)
     return model
@@ -187,6 +188,16 @@ def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:
             )
         for value, port in zip(values, ports, strict=True):
             value.type, value.shape = port.type, port.shape
+
+
+def _check_ports(model: ir.Model, path: Path) -> None:
+    """Inputs and outputs must be tensors; a negative size, as older exporters write it, is one that is not known."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            what = f"'{value.name}' is no tensor but a {type(value.type).__name__}"
+            raise UserError(what, where=str(path), hint="export the model with tensors alone as inputs and outputs")
+        if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+            value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _check_wired(model: ir.Model, path: Path) -> None:

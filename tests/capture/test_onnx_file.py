@@ -335,6 +335,22 @@ def test_broken_wiring(workspace: Workspace, tmp_path: Path) -> None:
     assert "two initializers have the name 'w'" in refusal(saved(double, tmp_path), workspace)
 
 
+def test_a_negative_size_is_one_that_is_not_known(workspace: Workspace, tmp_path: Path) -> None:
+    """Older exporters write -1 for a free axis."""
+    model = linear()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    assert str(loaded.graph.inputs[0].shape) == "[None,3,40]"
+
+
+def test_an_output_that_is_no_tensor_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    model = proto([helper.make_node("SequenceConstruct", ["x", "x"], ["y"])])
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    model.graph.output[0].CopyFrom(helper.make_value_info("y", kind))
+    with pytest.raises(UserError, match="'y' is no tensor but a SequenceType"):
+        load_onnx(saved(model, tmp_path), workspace)
+
+
 def test_weights_that_are_not_finite(workspace: Workspace, tmp_path: Path) -> None:
     for bad, words in ((np.nan, "weight 'w' holds 2 NaN"), (np.inf, "weight 'w' holds 2 infinite values")):
         weight = WEIGHT.copy()
