@@ -39,6 +39,7 @@ WEIGHTS = {name: np.array(number, np.float32) for name, number in NUMBERS.items(
     "w": weight(3),
     "batch": np.stack([weight(4)] * 2),
     "wide": weight(5, 2, 8),
+    "double": weight(6).astype(np.float64),
 }
 
 
@@ -163,6 +164,10 @@ ROTATIONS = {
 }
 
 LINEARS = {
+    "doubles": (
+        "d = Cast <to = 11> (x) n = MatMul (d, double) y = Cast <to = 1> (n)",
+        "not seen as a linear: its weight is in float64, and float32 is needed",
+    ),
     "a matrix for each sample": ("y = MatMul (x, batch)", "not seen as a linear: its weight has rank 3"),
     "a weight on the left": ("y = MatMul (w, k)", "its weight stands on the left"),
     "a weight that is computed": ("h = Sin (w) y = MatMul (x, h)", "its weight is computed by Sin at run time"),

@@ -120,7 +120,7 @@ def _product_detail(node: ir.Node) -> str:
         return _computed(node.inputs[1])
     if right.ndim != 2 and max(right.shape) > 1 and right.dtype == np.float32:
         return f"its weight has rank {right.ndim}"
-    return ""
+    return "its weight is in float64, and float32 is needed" if right.dtype == np.float64 else ""
 
 
 def _computed(weight: ir.Value | None) -> str:
