@@ -13,12 +13,13 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
+from qcompile.acceptance import check
 from qcompile.backends import legality
 from qcompile.backends.base import Backend, Lower, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
-from qcompile.errors import ContractError, GateError, QCompileError, UserError
+from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.generation import Token, generate
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
@@ -340,13 +341,7 @@ def _compiled(
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
     if device is not None:
         record["device"] = device
-    _check_gate(record["gate"])
-    if record["gate"] is None and ctx.max_drop is not None:
-        warn("the allowed drop was not checked, because nothing was quantised")
-    if not kernels:
-        warn("this graph has no matmul, so there was nothing to make faster or smaller")
-    elif ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
-        warn("nothing runs in low bits; `qcompile explain` and the report say why for each matmul")
+    check(record, proof)
     warn_of_saturation(kernels)
     return _staged(folder, record, ctx)
 
@@ -401,17 +396,6 @@ def _end_to_end(folder: Path, backend: Backend, verify: Verify, ctx: Context) ->
     program = opened(folder) if opened else open_program(folder, library=library if library.is_file() else None)
     results = verify.keep((program(s.feeds) for s in verify.samples), ctx, "packaged")
     return verify.compare(verify.original, results, None)
-
-
-def _check_gate(gate: dict[str, Any] | None) -> None:
-    """``gate``: {metric, drop, max_drop, ...} from the pass that measured it; GateError when missed."""
-    if gate is None or (gate["drop"] is not None and gate["drop"] <= gate["max_drop"]):
-        return
-    drop = "nan" if gate["drop"] is None else f"{gate['drop']:.4g}"
-    raise GateError(
-        f"the {gate['metric']} dropped by {drop}, allowed {gate['max_drop']:g}; nothing was written",
-        hint="allow a larger --max-drop, or take a recipe with more bits",
-    )
 
 
 def analyze(

@@ -82,7 +82,7 @@ class Difference:
         """10 log10(signal / error) in dB; infinite where nothing differs, LOST_DB where nothing is left."""
         if self.error == 0.0:
             return math.inf
-        if math.isnan(self.error) or self.signal == 0.0:
+        if not math.isfinite(self.error) or self.signal == 0.0:
             return LOST_DB
         return 10.0 * math.log10(self.signal / self.error)
 

@@ -79,7 +79,12 @@ def verify(
 
 
 def _compiled(
-    folder: Path, original: str | None, calib: Path | None, tokenizer: Path | None, length: int | None, allow_pickle: bool
+    folder: Path,
+    original: str | None,
+    calib: Path | None,
+    tokenizer: Path | None,
+    length: int | None,
+    allow_pickle: bool,
 ) -> list[tuple[str, bool | None, str]]:
     """The checks of a compiled folder."""
     from qcompile import manifest, verification

@@ -74,11 +74,13 @@ def test_a_difference_is_taken_over_unmasked_positions_only() -> None:
 
 
 def test_a_difference_takes_equal_infinities_as_equal_and_nan_as_lost() -> None:
-    same, lost = Difference(), Difference()
+    same, lost, overflown = Difference(), Difference(), Difference()
     same.add(np.array([[-np.inf, 1.0]]), np.array([[-np.inf, 1.0]]))
     lost.add(np.array([[1.0, 1.0]]), np.array([[np.nan, 1.0]]))
+    overflown.add(np.array([[1.0, 1.0]]), np.array([[np.inf, 1.0]]))
     assert same.relative == 0.0
     assert math.isnan(lost.relative) and lost.sqnr_db == LOST_DB
+    assert overflown.relative == math.inf and overflown.sqnr_db == LOST_DB
 
 
 def test_a_fold_that_changes_the_function_is_a_broken_contract(model: Path) -> None:
