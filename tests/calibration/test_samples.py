@@ -197,7 +197,7 @@ def test_a_wrong_image_size_and_nan(tmp_path: Path) -> None:
     assert expected in refusal(vision, path, None)
     images[1, 0, 0, 0] = np.nan
     path = npz(tmp_path / "c.npz", pixel_values=images[..., :8])
-    assert "'pixel_values' holds nan in sample 1" in refusal(vision, path, None)
+    assert "'pixel_values' holds nan\n  where: calibration sample 1" in refusal(vision, path, None)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
