@@ -136,6 +136,8 @@ def compile(
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
     _check_max_drop(max_drop, settings)
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but must be a whole number from 0 up", hint="leave it out for 0")
     if output is not None:
         check_destination(Path(output), force, (model, calibration, tokenizer))
     workspace = Workspace()
@@ -149,9 +151,9 @@ def compile(
                 taken.model, calibration, words, max_samples, max_length, seed, workspace
             )
             ctx = context(workspace, settings, backend, samples, max_drop, seed)
-            ctx.resume = None if resume is None else _lasting(Path(resume))
+            ctx.resume = _lasting(resume, "resume")
             inputs = _inputs(taken, described, words)
-            compiled = _compiled(taken, pipeline, ctx, backend, inputs, None if dump is None else Path(dump))
+            compiled = _compiled(taken, pipeline, ctx, backend, inputs, _lasting(dump, "dump"))
         if output is not None:
             compiled.save(output, force=force)
         return compiled
@@ -169,13 +171,16 @@ def _check_legal(recipe: Recipe, backend: Backend) -> None:
         raise UserError(f"target {backend.target.name} cannot run {what} in low bits", where=where, hint=instead)
 
 
-def _lasting(folder: Path) -> Path:
+def _lasting(folder: str | Path | None, option: str) -> Path | None:
     """``folder``, made if it is not there; UserError where it cannot be one."""
+    if folder is None:
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"'{folder}' is no folder", where="resume", hint="name a folder, or a place for one") from error
-    return folder
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"'{folder}' is no folder, and none can be made there"
+        raise UserError(what, where=option, hint="name a folder, or a place for one") from error
+    return Path(folder)
 
 
 def _check_max_drop(max_drop: float | None, recipe: Recipe) -> None:

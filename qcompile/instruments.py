@@ -338,7 +338,6 @@ class Dump:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
         if self._count == 0:

@@ -227,6 +227,8 @@ def describe_tokenizer(folder: Path | None) -> dict[str, Any] | None:
     """The digests of a tokenizer's files."""
     if folder is None:
         return None
+    if not folder.exists():
+        raise UserError(f"no tokenizer at '{folder}'", hint="give tokenizer.json or the folder that holds it")
     root = folder if folder.is_dir() else folder.parent
     found = {p for pattern in _TOKENIZER_FILES for p in root.glob(pattern)}
     return {"files": manifest.describe_files(root, found if folder.is_dir() else [folder])}

@@ -46,10 +46,11 @@ def _inferred_outputs(model: ir.Model) -> Iterator[None]:
     """The outputs with the shapes that inference finds: the caller's, which come back, may leave out the width."""
     outputs = model.graph.outputs
     declared = [value.shape for value in outputs]
-    vague = [v for v in outputs if v.shape is None or any(not isinstance(d, int) for d in list(v.shape)[2:])]
+    vague = [v for v in outputs if v.shape is None or (len(v.shape) == 3 and not isinstance(v.shape[2], int))]
     for value in vague:
         value.shape = None
     if vague:
+        common.NameFixPass()(model)  # what was lowered so far may have taken a name twice
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     yield
     for value, shape in zip(outputs, declared, strict=True):
