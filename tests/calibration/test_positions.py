@@ -50,6 +50,20 @@ def test_rows_in_front_that_no_token_reads_do_not_count(positions: str, first: i
     assert limit(66, positions) == 66 - first
 
 
+def test_a_table_that_is_repeated_for_each_row_is_one_too() -> None:
+    """GPT-J's sines."""
+    text = """<ir_version: 10, opset_import: ["": 21]> g (int64[3] whole, int64[n] start) => (float[n] y) {
+        t = Expand(table, whole)
+        p = Tile(start, whole)
+        y = GatherElements <axis = 1> (t, p)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    for array, allowed in ((np.zeros((1, 40, 4), np.float32), 40), (np.zeros((1, 40, 4), np.int64), UNLIMITED)):
+        del proto.graph.initializer[:]
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, "table"))
+        assert position_limits(ir.from_proto(onnx.shape_inference.infer_shapes(proto))) == (allowed, allowed)
+
+
 @pytest.mark.parametrize(("rows", "allowed"), [(512, 512), (514, 512), (2050, 2048), (50, 50)])
 def test_the_size_tells_where_the_index_does_not(rows: int, allowed: int) -> None:
     assert limit(rows, "p = NonZero(input_ids)") == allowed
