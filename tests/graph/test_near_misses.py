@@ -181,8 +181,14 @@ LINEARS = {
         "f = Reshape (x, flat) y = Gemm (f, w, wide)",
         "its bias is not one number for each column",
     ),
+    "inside of an If": (
+        "y = If (flag) <then_branch = t () => (float[] u) { u = MatMul (x, w) },"
+        " else_branch = e () => (float[] v) { v = Neg (x) }>",
+        "not seen as a linear: it stands inside of If",
+    ),
 }
 INPUTS = {"a weight of the caller": "float[2, s, 8] x, float[8, 4] u", "a weight on the left": "float[b, 8, s] k"}
+INPUTS["inside of an If"] = "float[2, s, 8] x, bool flag"
 INPUTS |= {"a bias for each row": "float[2, 1, 8] x", "a transposed input": "float[2, 1, 8] x"}
 CASES = NORMS | CURVES | ROTATIONS | LINEARS
 
