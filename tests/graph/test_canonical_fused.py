@@ -64,6 +64,13 @@ CASES: dict[str, Case] = {
         {"RMSNormalization"},
         "float[b, s, 16] y, float[b, s, 16] z",
     ),
+    "embed_layer_norm_whose_mask_index_attention_reads": Case(  # what ONNX Runtime's optimizer makes of BERT
+        """e, n = com.microsoft.EmbedLayerNormalization (ids, kind, words, places, kinds, g, b, mask)
+        y = com.microsoft.Attention <num_heads = 4> (e, w, c, n)""",
+        {"words": weight(256, D), "places": weight(64, D), "kinds": weight(2, D), **NORM, **QKV},
+        {"LayerNormalization", "Attention"},
+        inputs="int32[b, s] ids, int32[b, s] kind, int32[b, s] mask",
+    ),
     "embed_layer_norm": Case(
         "y, n = com.microsoft.EmbedLayerNormalization (ids, kind, words, places, kinds, g, b, mask)",
         {

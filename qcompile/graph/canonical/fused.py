@@ -22,7 +22,21 @@ Decompose = Callable[[Draft, ir.Node], str]
 
 
 def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
-    """Take every fused operator apart; returns how many, and those that stay with the reason."""
+    """Take every fused operator apart; returns how many, and those that stay with the reason.
+
+    In rounds: the shapes behind an operator that inference does not know are seen once it is taken apart.
+    """
+    total, count, left = 0, 1, [match.Unrecognised(node, "") for node in model.graph if _rule(node) is not None]
+    while count and left:
+        count, left = _round(model, workspace)
+        total += count
+        if count:
+            common.RemoveUnusedNodesPass()(model)
+            common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    return total, left
+
+
+def _round(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
     count, left = 0, []
     for node in list(model.graph):
         decompose = _rule(node)
@@ -33,9 +47,6 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unre
             left.append(match.Unrecognised(node, reason))
         else:
             count += 1
-    if count:
-        common.RemoveUnusedNodesPass()(model)
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     return count, left
 
 
