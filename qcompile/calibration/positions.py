@@ -28,6 +28,9 @@ def _lookup(node: ir.Node) -> tuple[int, ir.Value | None] | None:
     """(rows, index) where ``node`` looks up positions: in a learned table, or in GPT-J's sines for each text."""
     if node.op_type == "GatherElements":
         return _repeated_lookup(node)
+    if node.op_type == "EmbedLayerNormalization" and node.inputs[3] is not None and node.inputs[3].const_value:
+        given = node.inputs[8] if len(node.inputs) > 8 else None
+        return int(node.inputs[3].const_value.shape.numpy()[0]), given
     table = node.inputs[0] if node.op_type == "Gather" else None
     if table is None or table.const_value is None or len(table.const_value.shape) != 2:
         return None
