@@ -86,13 +86,13 @@ def _check_vocabulary(item: Input, array: np.ndarray, where: str) -> None:
 
 def _rows_of(file: Path, inputs: Mapping[str, Input]) -> Iterator[Arrays]:
     arrays = {name: _fitted(array, _known(name, inputs, str(file)), file) for name, array in _read(file).items()}
-    counts = {name: len(array) for name, array in arrays.items()}
+    counts = {name: len(array) for name, array in arrays.items() if array.ndim}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
         hint = "the first axis of every key counts samples"
         raise UserError(f"the keys hold different numbers of samples: {text}", where=str(file), hint=hint)
     for index in range(next(iter(counts.values()), 0)):
-        yield {name: array[index] for name, array in arrays.items()}
+        yield {name: array[index] if array.ndim else array for name, array in arrays.items()}
 
 
 def _read(file: Path) -> Arrays:

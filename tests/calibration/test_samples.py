@@ -319,6 +319,15 @@ def test_random_samples_are_as_long_as_may_be_and_shorter(positions: int, length
     assert min(lengths) < longest and len(set(lengths)) > 4
 
 
+def test_an_input_without_axes_is_one_number_for_all(tmp_path: Path) -> None:
+    count = ("total", INT, [])
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((3, 4), np.int64), total=np.int64(7))
+    for calib in (None, path):
+        samples = list(load_samples(model(IDS, count), calib, None, max_samples=3))
+        assert len(samples) == 3 and {sample.feeds["total"].shape for sample in samples} == {()}
+    assert samples[0].feeds["total"] == 7
+
+
 def test_random_rows_fill_a_static_batch() -> None:
     samples = load_samples(model(("input_ids", INT, [4, "sequence"])), None, None, max_samples=3)
     found = shapes(samples)
