@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
 from qcompile.capture.tensors import check_tensors, check_weights, inline_small
-from qcompile.capture.tidy import FoldSmallConstants, RemoveDropout
+from qcompile.capture.tidy import FoldSizes, FoldSmallConstants, ForgetDoubtfulShapes, RemoveDropout, SolveReshapes
 from qcompile.capture.widen import widen
 from qcompile.errors import UserError
 from qcompile.graph.convert import check_opset, to_canonical_opset
@@ -164,7 +164,12 @@ def _simplify(model: ir.Model) -> None:
     infer = onnx_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     for step in (
         onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ForgetDoubtfulShapes(),
         infer,
+        SolveReshapes(),
+        infer,
+        FoldSizes(),
+        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         FoldSmallConstants(),
         onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         onnx_passes.IdentityEliminationPass(),
