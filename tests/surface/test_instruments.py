@@ -96,6 +96,20 @@ def test_a_fold_within_its_tolerance_passes(model: Path) -> None:
     assert 0 < proof["relative"] <= 1e-5 and proof["tolerance"] == 1e-5
 
 
+def test_outputs_in_half_precision_may_differ_by_a_step_of_it(model: Path) -> None:
+    """The program is float32 inside; only what the caller is given is rounded."""
+    loaded = ir.load(model)
+    (result,) = loaded.graph.outputs
+    cast = ir.node("Cast", [result], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT16))})
+    narrow = cast.outputs[0]
+    narrow.name, narrow.type, narrow.shape = "narrow", ir.TensorType(ir.DataType.FLOAT16), result.shape
+    loaded.graph.append(cast)
+    loaded.graph.outputs[0] = narrow
+    compiled(loaded, Liar(factor=1.0002)).close()  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="allowed 1e-03"):
+        compiled(loaded, Liar())  # type: ignore[arg-type]
+
+
 def test_a_lossy_pass_has_its_error_recorded(model: Path) -> None:
     with compiled(model, Honest()) as result:
         entries = {e["name"]: e for e in result.manifest["passes"]}
