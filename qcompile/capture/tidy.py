@@ -90,8 +90,8 @@ class ForgetDoubtfulShapes(ir.passes.InPlacePass):
             if value.const_value is not None and value.shape != value.const_value.shape:
                 value.shape = ir.Shape(value.const_value.shape.numpy())
                 forgotten += 1
-        for value in (value for node in model.graph for value in node.outputs if value.shape is not None):
-            sizes = [None if str(_size(dim)).startswith("unk__") else dim for dim in value.shape]
+        for value in (value for node in model.graph for value in node.outputs):
+            sizes = [None if str(_size(dim)).startswith("unk__") else dim for dim in value.shape or ()]
             if None in sizes and not value.is_graph_output():
                 value.shape = ir.Shape(sizes)
                 forgotten += 1

@@ -320,7 +320,7 @@ def test_random_samples_are_as_long_as_may_be_and_shorter(positions: int, length
 
 
 def test_an_input_without_axes_is_one_number_for_all(tmp_path: Path) -> None:
-    count = ("total", INT, [])
+    count: Port = ("total", INT, [])
     path = npz(tmp_path / "c.npz", input_ids=np.ones((3, 4), np.int64), total=np.int64(7))
     for calib in (None, path):
         samples = list(load_samples(model(IDS, count), calib, None, max_samples=3))

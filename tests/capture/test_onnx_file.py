@@ -425,9 +425,9 @@ def test_a_factor_of_a_gelu_that_was_rounded_with_the_weights_is_itself_again(
     for name, number in (("root", 2**0.5), ("other", 1.5)):
         held = ir.tensor(np.array(number).astype(ir.DataType.BFLOAT16.numpy()), dtype=ir.DataType.BFLOAT16, name=name)
         model.graph.initializer.append(ir.to_proto(held))
-    held = load_onnx(saved(model, tmp_path), workspace).graph.initializers
-    assert held["root"].const_value.numpy() == np.float32(2**0.5)  # type: ignore[union-attr]
-    assert held["other"].const_value.numpy() == 1.5  # type: ignore[union-attr]
+    loaded = load_onnx(saved(model, tmp_path), workspace).graph.initializers
+    assert loaded["root"].const_value.numpy() == np.float32(2**0.5)  # type: ignore[union-attr]
+    assert loaded["other"].const_value.numpy() == 1.5  # type: ignore[union-attr]
 
 
 def assert_runs_in_half(path: Path, weight: np.ndarray) -> None:
