@@ -163,6 +163,12 @@ ROTATIONS = {
     ),
 }
 
+# torch's older exporter computes the norms of float16 models so
+NORMS["in float64"] = (
+    "d = Cast <to = 11> (x) q = Mul (d, d) v = ReduceMean <keepdims = 1> (q, last) f = Cast <to = 11> (eps)"
+    " e = Add (v, f) r = Sqrt (e) h = Div (d, r) y = Cast <to = 1> (h)",
+    "not seen as a norm: it is computed in float64",
+)
 LINEARS = {
     "doubles": (
         "d = Cast <to = 11> (x) n = MatMul (d, double) y = Cast <to = 1> (n)",
