@@ -56,25 +56,26 @@ class IntOnly(Pass):
         if cached and self.positions > MOST_POSITIONS // 2:
             what = f"positions={self.positions} is too long for a model with a cache"
             raise UserError(what, hint=f"at most {MOST_POSITIONS // 2} there")
+        longest = min(self.positions, position_limits(model)[0])  # before tables become codes
         converter = convert(model, ctx, Settings(self.positions, self.probability_bits), RULES)
         if self.strict and converter.floats:
             node, why = converter.floats[0]
             more = f" and {len(converter.floats) - 1} more" if len(converter.floats) > 1 else ""
             what = f"{node.op_type} of '{layer_name(node)}'{more} would stay float: {why}"
             raise UserError(what, hint="leave out strict to keep it float")
-        model.metadata_props[BOUNDS] = json.dumps(self._bounds(model, cached))
+        model.metadata_props[BOUNDS] = json.dumps(_bounds(model, longest, cached))
         ctx.ledger.current.facts["float operators"] = len(converter.floats)
         return len(converter.held)
 
-    def _bounds(self, model: ir.Model, cached: bool) -> dict[str, int]:
-        """The largest sizes that the program is proven for, by the name of the axis."""
-        found: dict[str, int] = {}
-        longest = min(self.positions, position_limits(model)[0])
-        both = longest * (2 if cached else 1)  # of a mask, over the past and the new tokens
-        texts = [v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_integer()][:1]
-        parts = [*texts, *(v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point())]
-        for value, size in (*((v, longest) for v in parts), *((v, both) for v in model.graph.inputs)):
-            for axis, dim in enumerate(value.shape or ()):
-                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                    found.setdefault(str(dim.value), MOST_ROWS if axis == 0 else size)
-        return found
+
+def _bounds(model: ir.Model, longest: int, cached: bool) -> dict[str, int]:
+    """The largest sizes that the program is proven for, by the name of the axis; ``longest``: of a text."""
+    found: dict[str, int] = {}
+    both = longest * (2 if cached else 1)  # of a mask, over the past and the new tokens
+    texts = [v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_integer()][:1]
+    parts = [*texts, *(v for v in model.graph.inputs if v.dtype is not None and v.dtype.is_floating_point())]
+    for value, size in (*((v, longest) for v in parts), *((v, both) for v in model.graph.inputs)):
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                found.setdefault(str(dim.value), MOST_ROWS if axis == 0 else size)
+    return found

@@ -13,12 +13,13 @@ import onnx_ir as ir
 
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
+from qcompile.acceptance import check
 from qcompile.backends import legality
 from qcompile.backends.base import Backend, Lower, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
-from qcompile.errors import ContractError, GateError, QCompileError, UserError
+from qcompile.errors import ContractError, QCompileError, UserError
 from qcompile.generation import Token, generate
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
@@ -135,6 +136,8 @@ def compile(
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP
     _check_max_drop(max_drop, settings)
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but must be a whole number from 0 up", hint="leave it out for 0")
     if output is not None:
         check_destination(Path(output), force, (model, calibration, tokenizer))
     workspace = Workspace()
@@ -144,11 +147,13 @@ def compile(
             torch_only = {"example_inputs": example_inputs, "dynamic_shapes": dynamic_shapes}
             taken = take(model, workspace, allow_pickle=allow_pickle, with_past=with_past, **torch_only)
             words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
-            samples, described = take_samples(taken.model, calibration, words, max_samples, max_length, seed)
+            samples, described = take_samples(
+                taken.model, calibration, words, max_samples, max_length, seed, workspace
+            )
             ctx = context(workspace, settings, backend, samples, max_drop, seed)
-            ctx.resume = None if resume is None else _lasting(Path(resume))
+            ctx.resume = _lasting(resume, "resume")
             inputs = _inputs(taken, described, words)
-            compiled = _compiled(taken, pipeline, ctx, backend, inputs, None if dump is None else Path(dump))
+            compiled = _compiled(taken, pipeline, ctx, backend, inputs, _lasting(dump, "dump"))
         if output is not None:
             compiled.save(output, force=force)
         return compiled
@@ -166,13 +171,16 @@ def _check_legal(recipe: Recipe, backend: Backend) -> None:
         raise UserError(f"target {backend.target.name} cannot run {what} in low bits", where=where, hint=instead)
 
 
-def _lasting(folder: Path) -> Path:
+def _lasting(folder: str | Path | None, option: str) -> Path | None:
     """``folder``, made if it is not there; UserError where it cannot be one."""
+    if folder is None:
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"'{folder}' is no folder", where="resume", hint="name a folder, or a place for one") from error
-    return folder
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"'{folder}' is no folder, and none can be made there"
+        raise UserError(what, where=option, hint="name a folder, or a place for one") from error
+    return Path(folder)
 
 
 def _check_max_drop(max_drop: float | None, recipe: Recipe) -> None:
@@ -341,13 +349,7 @@ def _compiled(
     record |= {"kernels": kernels, "end_to_end": proof, "sizes": sizes, "files": files}
     if device is not None:
         record["device"] = device
-    _check_gate(record["gate"])
-    if record["gate"] is None and ctx.max_drop is not None:
-        warn("the allowed drop was not checked, because nothing was quantised")
-    if not kernels:
-        warn("this graph has no matmul, so there was nothing to make faster or smaller")
-    elif ctx.recipe.rules and not any(k["low_bit"] for k in kernels):
-        warn("nothing runs in low bits; `qcompile explain` and the report say why for each matmul")
+    check(record, proof)
     warn_of_saturation(kernels)
     return _staged(folder, record, ctx)
 
@@ -404,17 +406,6 @@ def _end_to_end(folder: Path, backend: Backend, verify: Verify, ctx: Context) ->
     return verify.compare(verify.original, results, None)
 
 
-def _check_gate(gate: dict[str, Any] | None) -> None:
-    """``gate``: {metric, drop, max_drop, ...} from the pass that measured it; GateError when missed."""
-    if gate is None or (gate["drop"] is not None and gate["drop"] <= gate["max_drop"]):
-        return
-    drop = "nan" if gate["drop"] is None else f"{gate['drop']:.4g}"
-    raise GateError(
-        f"the {gate['metric']} dropped by {drop}, allowed {gate['max_drop']:g}; nothing was written",
-        hint="allow a larger --max-drop, or take a recipe with more bits",
-    )
-
-
 def analyze(
     model: Any,
     *,
@@ -430,7 +421,7 @@ def analyze(
     with Workspace() as workspace, writing():
         taken = take(model, workspace, allow_pickle=allow_pickle)
         words = Path(tokenizer) if tokenizer is not None else taken.tokenizer
-        samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length)
+        samples, _ = take_samples(taken.model, calibration, words, max_samples, max_length, workspace=workspace)
         ctx = context(workspace, settings, backends.by_name("cpu"), samples)
         run_pipeline(taken.model, pipeline, ctx, [Verify(), Timer(len(pipeline))])
         entry = ctx.ledger.current.as_dict()

@@ -153,6 +153,8 @@ def generate(
         raise UserError("the prompt holds no token", hint="give some text to continue")
     if not 0 <= temperature < np.inf:
         raise UserError(f"temperature is {temperature}", hint="0 takes the likeliest token; 1 draws as the model says")
+    if seed < 0:
+        raise UserError(f"seed is {seed}, but must be a whole number from 0 up", hint="leave it out for 0")
     decoder = _decoder(session)
     decoder.reset()
     generator = np.random.default_rng(seed)

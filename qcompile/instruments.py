@@ -23,6 +23,7 @@ from qcompile.progress import say
 LOST_DB = -200.0  # NaN came out, or something came of nothing
 LAYERS_AT_A_TIME = 256
 VALUES = 1 << 20  # compared at a time, so that a large vocabulary costs no memory
+_STEPS = {ir.DataType.FLOAT16: 2.0**-10, ir.DataType.BFLOAT16: 2.0**-7}
 Interface = list[dict[str, object]]
 Stored = Sequence[dict[str, Path]]  # one dict a sample: output name -> .npy file
 
@@ -82,7 +83,7 @@ class Difference:
         """10 log10(signal / error) in dB; infinite where nothing differs, LOST_DB where nothing is left."""
         if self.error == 0.0:
             return math.inf
-        if math.isnan(self.error) or self.signal == 0.0:
+        if not math.isfinite(self.error) or self.signal == 0.0:
             return LOST_DB
         return 10.0 * math.log10(self.signal / self.error)
 
@@ -182,7 +183,7 @@ class Verify:
                 raise _contract(step, "is an analysis but edited the graph")
             return
         now = self._run_after(model, step, ctx)
-        tolerance = step.tolerance if step.preserves == "function" else None
+        tolerance = max(step.tolerance, _rounding(model)) if step.preserves == "function" else None
         entry.proof = self.compare(self._held, now, tolerance)
         if not entry.proof.holds:
             figures = f"relative difference {entry.proof.relative:.2e}, allowed {tolerance:.0e}"
@@ -250,6 +251,11 @@ class Verify:
                         f"output '{name}' of the float model is NaN on calibration sample {index}",
                         hint="does it overflow on this sample, or divide by zero?",
                     )
+
+
+def _rounding(model: ir.Model) -> float:
+    """How far equal outputs may lie apart, relative to the largest: a step of the narrowest type among them."""
+    return max((_STEPS.get(value.dtype, 0.0) for value in model.graph.outputs), default=0.0)  # type: ignore[arg-type]
 
 
 def _noted(samples: Iterable[Any], tried: list[Any]) -> Iterator[Any]:
@@ -338,7 +344,6 @@ class Dump:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def before(self, model: ir.Model, step: Pass, ctx: Context) -> None:
         if self._count == 0:

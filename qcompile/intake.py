@@ -186,16 +186,33 @@ def external_files(path: Path) -> list[Path]:
 
 
 def take_samples(
-    model: ir.Model, calibration: Any, tokenizer: Path | None, max_samples: int, max_length: int, seed: int = 0
+    model: ir.Model,
+    calibration: Any,
+    tokenizer: Path | None,
+    max_samples: int,
+    max_length: int,
+    seed: int = 0,
+    workspace: Workspace | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The calibration samples, and what the manifest says of them; ``seed`` is that of random data."""
+    """The calibration samples, and what the manifest says of them; ``seed`` is that of random data.
+
+    Random samples are as long as ``model`` runs, which is tried where a ``workspace`` is given.
+    """
     if calibration is not None and not isinstance(calibration, str | Path):
         given = GivenSamples(calibration, model)
         return given, {"kind": "arrays", "samples": len(given), "sha256": given.digest()}
-    from qcompile.calibration.samples import load_samples
+    from qcompile.calibration.samples import SampleSet, load_samples
 
     path = None if calibration is None else Path(calibration)
-    samples = load_samples(model, path, tokenizer, max_samples=max_samples, max_length=max_length, seed=seed)
+    def load(length: int) -> SampleSet:
+        return load_samples(model, path, tokenizer, max_samples=max_samples, max_length=length, seed=seed)
+
+    samples = load(max_length)
+    if samples.is_random and workspace is not None and model.graph.outputs:
+        from qcompile.calibration.lengths import runnable
+        from qcompile.calibration.runner import OrtRunner
+
+        samples, max_length = runnable(model, load, max_length, OrtRunner(workspace))
     for text in samples.warnings_:
         warn(text)
     described: dict[str, Any] = {"samples": len(samples), "held_out": len(samples.held_out), "max_length": max_length}
@@ -210,6 +227,8 @@ def describe_tokenizer(folder: Path | None) -> dict[str, Any] | None:
     """The digests of a tokenizer's files."""
     if folder is None:
         return None
+    if not folder.exists():
+        raise UserError(f"no tokenizer at '{folder}'", hint="give tokenizer.json or the folder that holds it")
     root = folder if folder.is_dir() else folder.parent
     found = {p for pattern in _TOKENIZER_FILES for p in root.glob(pattern)}
     return {"files": manifest.describe_files(root, found if folder.is_dir() else [folder])}

@@ -14,9 +14,30 @@ from qcompile.errors import UserError
 from qcompile.manifest import foreign_files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE = (errno.EROFS, errno.ENAMETOOLONG)
 _FULL_WORDS = (*map(os.strerror, _FULL), "Not enough free space", "requested and")
 
 
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into an error that the user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if _is_full(error):
+            raise UserError(
+                "no disk space left",
+                where=str(error.filename or ""),
+                hint="free some, or point TMPDIR and -o at a larger disk",
+            ) from error
+        if isinstance(error, PermissionError) or error.errno in _UNUSABLE:
+            hint = "choose a folder that you may write to: -o, or TMPDIR for temporary files"
+            what = "permission denied" if isinstance(error, PermissionError) else str(error.strerror).lower()
+            raise UserError(f"{what}: '{error.filename}'", hint=hint) from error
+        raise
+
+
+@writing()
 def check_destination(folder: Path, force: bool = False, inputs: Iterable[object] = ()) -> None:
     """Refuse a destination that holds anything but an earlier result of ours, unless ``force``.
 
@@ -70,24 +91,6 @@ def _swap(fresh: Path, destination: Path, old: Path) -> None:
     except BaseException:
         if existed and not destination.exists():
             old.rename(destination)
-        raise
-
-
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into an error that the user can act on."""
-    try:
-        yield
-    except OSError as error:
-        if _is_full(error):
-            raise UserError(
-                "no disk space left",
-                where=str(error.filename or ""),
-                hint="free some, or point TMPDIR and -o at a larger disk",
-            ) from error
-        if isinstance(error, PermissionError):
-            hint = "choose a folder that you may write to: -o, or TMPDIR for temporary files"
-            raise UserError(f"permission denied: '{error.filename}'", hint=hint) from error
         raise
 
 

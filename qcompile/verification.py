@@ -20,6 +20,7 @@ from qcompile.instruments import Difference, proof_of
 from qcompile.intake import take, take_samples
 from qcompile.report import decibels
 
+LENGTH = 512  # of arrays given in Python, whose length is not noted
 SLACK_DB = 3.0  # samples other than those of the compilation may come out this much worse
 
 
@@ -38,10 +39,13 @@ def verify(
     *,
     calibration: Path | None = None,
     tokenizer: Path | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     allow_pickle: bool = False,
 ) -> list[Check]:
-    """Check the compiled ``folder``, against the model ``original`` too where it is given."""
+    """Check the compiled ``folder``, against the model ``original`` too where it is given.
+
+    ``max_length``: tokens per sample at most; None takes what was calibrated on.
+    """
     record = manifest.load(folder)
     files = _files(folder, record)
     if not files.holds:
@@ -56,7 +60,7 @@ def verify(
         taken = take(source, workspace, allow_pickle=allow_pickle, with_past=_exports_past(source, record))
         words = tokenizer if tokenizer is not None else taken.tokenizer
         count = record["calibration"]["samples"]  # the same ones are held out then
-        length = min(max_length, longest_text(folder))
+        length = min(max_length or record["calibration"].get("max_length", LENGTH), longest_text(folder))
         samples, _ = take_samples(taken.model, calibration, words, count, length, record["seed"])
         some = proof_samples(taken.model, samples)
         checks.append(_runs(program, some))

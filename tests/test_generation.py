@@ -79,6 +79,7 @@ def test_a_compiled_program_with_a_cache_decodes_as_it_prefills(name: str, recip
         ("vit", PROMPT, {}, "no causal language model"),
         ("llama", [], {}, "holds no token"),
         ("llama", PROMPT, {"temperature": -1.0}, "temperature is -1"),
+        ("llama", PROMPT, {"seed": -1}, "seed is -1"),
         ("gpt2", [5] * 100, {}, "cannot run the model"),
     ],
 )

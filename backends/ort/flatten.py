@@ -8,10 +8,12 @@ SkipLayerNormalization, a scalar loop that is slower than the two alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qcompile.backends.ort.emit import put_node
 from qcompile.graph.canonical import match
@@ -28,14 +30,31 @@ _STATIC = ("QuantizeLinear", "DequantizeLinear")
 
 def rewrite(model: ir.Model, workspace: Workspace) -> int:
     """Flatten every row-wise region; returns how many nodes now work in rank 2."""
-    region = {id(node): node for node in model.graph if _is_row_wise(node)}
-    _leave_lonely(region)
-    flattener = _Flattener(model, workspace, region)
-    for node in list(region.values()):
-        flattener.enter(node)
-    for node in list(region.values()):
-        flattener.leave(node)
+    with _inferred_outputs(model):
+        region = {id(node): node for node in model.graph if _is_row_wise(node)}
+        _leave_lonely(region)
+        flattener = _Flattener(model, workspace, region)
+        for node in list(region.values()):
+            flattener.enter(node)
+        for node in list(region.values()):
+            flattener.leave(node)
     return len(region)
+
+
+@contextlib.contextmanager
+def _inferred_outputs(model: ir.Model) -> Iterator[None]:
+    """The outputs with the shapes that inference finds: the caller's, which come back, may leave out the width."""
+    outputs = model.graph.outputs
+    declared = [value.shape for value in outputs]
+    vague = [v for v in outputs if v.shape is None or (len(v.shape) == 3 and not isinstance(v.shape[2], int))]
+    for value in vague:
+        value.shape = None
+    if vague:
+        common.NameFixPass()(model)  # what was lowered so far may have taken a name twice
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    yield
+    for value, shape in zip(outputs, declared, strict=True):
+        value.shape = shape
 
 
 # --------------------------------------------------------------------------- which nodes

@@ -41,6 +41,7 @@ def check_feeds(feeds: Arrays, inputs: Mapping[str, Input], where: str, longest:
             hint = "make it of that type and rank; sizes that are numbers must be equal"
             raise UserError(f"'{name}' is {_found(array)}, but the model takes {item}", where=where, hint=hint)
         _check_size(item, array, where, longest)
+        _check_finite(item, array, where)
         _check_vocabulary(item, array, where)
         for axis, (size, symbol) in enumerate(zip(array.shape, item.shape, strict=True)):
             if isinstance(symbol, str) and symbol.isidentifier():
@@ -61,6 +62,16 @@ def _check_size(item: Input, array: np.ndarray, where: str, longest: int) -> Non
         )
 
 
+def _check_finite(item: Input, array: np.ndarray, where: str) -> None:
+    """Minus infinity is what a mask of floats adds to the scores of what may not be seen."""
+    if array.dtype.kind != "f":
+        return
+    good = np.isfinite(array) | (np.isneginf(array) if "mask" in item.name else False)
+    if not good.all():
+        hint = "leave that sample out"
+        raise UserError(f"'{item.name}' holds {array[~good].flat[0]}", where=where, hint=hint)
+
+
 def _check_vocabulary(item: Input, array: np.ndarray, where: str) -> None:
     if item.vocabulary and item.is_integer and array.size:
         low, high = int(array.min()), int(array.max())
@@ -75,13 +86,13 @@ def _check_vocabulary(item: Input, array: np.ndarray, where: str) -> None:
 
 def _rows_of(file: Path, inputs: Mapping[str, Input]) -> Iterator[Arrays]:
     arrays = {name: _fitted(array, _known(name, inputs, str(file)), file) for name, array in _read(file).items()}
-    counts = {name: len(array) for name, array in arrays.items()}
+    counts = {name: len(array) for name, array in arrays.items() if array.ndim}
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{name} {count}" for name, count in counts.items())
         hint = "the first axis of every key counts samples"
         raise UserError(f"the keys hold different numbers of samples: {text}", where=str(file), hint=hint)
     for index in range(next(iter(counts.values()), 0)):
-        yield {name: array[index] for name, array in arrays.items()}
+        yield {name: array[index] if array.ndim else array for name, array in arrays.items()}
 
 
 def _read(file: Path) -> Arrays:
@@ -118,8 +129,6 @@ def _fitted(array: np.ndarray, item: Input, file: Path) -> np.ndarray:
         raise UserError(what, where=str(file), hint=f"the first axis counts samples: give [{expected}]")
     if not _shape_fits(array.shape[1:], item.shape[1:]) or not np.can_cast(array.dtype, item.dtype, "same_kind"):
         raise UserError(what, where=str(file), hint="the first axis counts the samples; the others are the model's")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"'{item.name}' holds {_first_bad(array)}", where=str(file), hint="leave that sample out")
     return array.astype(item.dtype, copy=False)
 
 
@@ -130,8 +139,3 @@ def _shape_fits(found: Sequence[int], wanted: Sequence[int | str]) -> bool:
 
 def _found(array: np.ndarray) -> str:
     return f"{array.dtype.name} {list(array.shape)}"
-
-
-def _first_bad(array: np.ndarray) -> str:
-    place = tuple(int(i[0]) for i in np.nonzero(~np.isfinite(array)))
-    return f"{array[place]} in sample {place[0]}"

@@ -27,6 +27,10 @@ _MADE = (
 )
 
 
+# (operator, input of ids) -> input of the table that they index
+_TABLES = {("Gather", 1): 0, ("EmbedLayerNormalization", 0): 2, ("EmbedLayerNormalization", 1): 4}
+
+
 @dataclasses.dataclass(frozen=True)
 class Input:
     """One input of the model.
@@ -141,7 +145,8 @@ def _vocabulary(value: ir.Value) -> int:
     for node, index in value.uses():
         if node.op_type == "Cast":
             rows.append(_vocabulary(node.outputs[0]) or UNLIMITED)
-        table = node.inputs[0] if node.op_type == "Gather" and index == 1 else None
+        place = _TABLES.get((node.op_type, index))
+        table = node.inputs[place] if place is not None and place < len(node.inputs) else None
         if table is not None and table.const_value is not None and len(table.const_value.shape) == 2:
             rows.append(int(table.const_value.shape.numpy()[0]))
     return min(rows) % UNLIMITED

@@ -10,7 +10,8 @@ from qcompile.calibration.inputs import UNLIMITED, Input
 from qcompile.graph.edits import constant_array
 from qcompile.graph.provenance import original_name
 
-_PASS_THROUGH = ("Cast", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Transpose")
+_REPEATS = ("Expand", "Tile", "Unsqueeze", "Identity")
+_PASS_THROUGH = ("Cast", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Transpose", "Tile")
 
 
 def position_limits(model: ir.Model) -> tuple[int, int]:
@@ -18,16 +19,39 @@ def position_limits(model: ir.Model) -> tuple[int, int]:
 
     Very large when there is none. Positions that are constant, as those of an image's patches, limit nothing.
     """
-    limits = []
-    for node in model.graph:
-        table = node.inputs[0] if node.op_type == "Gather" else None
-        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
-            continue
-        name = original_name(table).lower()
-        is_position = ("position" in name and "relative" not in name) or "wpe" in name.split(".")
-        if is_position and constant_array(node.inputs[1]) is None:
-            limits.append(_allowed(int(table.const_value.shape.numpy()[0]), node.inputs[1]))
+    found = [lookup for node in model.graph if (lookup := _lookup(node)) is not None]
+    limits = [_allowed(rows, index) for rows, index in found if constant_array(index) is None]
     return min(limits, default=UNLIMITED), max(limits, default=UNLIMITED)
+
+
+def _lookup(node: ir.Node) -> tuple[int, ir.Value | None] | None:
+    """(rows, index) where ``node`` looks up positions: in a learned table, or in GPT-J's sines for each text."""
+    if node.op_type == "GatherElements":
+        return _repeated_lookup(node)
+    if node.op_type == "EmbedLayerNormalization" and node.inputs[3] is not None and node.inputs[3].const_value:
+        given = node.inputs[8] if len(node.inputs) > 8 else None
+        return int(node.inputs[3].const_value.shape.numpy()[0]), given
+    table = node.inputs[0] if node.op_type == "Gather" else None
+    if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+        return None
+    name = original_name(table).lower()
+    is_position = ("position" in name and "relative" not in name) or "wpe" in name.split(".")
+    return (int(table.const_value.shape.numpy()[0]), node.inputs[1]) if is_position else None
+
+
+def _repeated_lookup(node: ir.Node) -> tuple[int, ir.Value | None] | None:
+    data = table = node.inputs[0]
+    while table is not None and (made := table.producer()) is not None and made.op_type in _REPEATS:
+        table = made.inputs[0]
+    held = table.const_value if table is not None else None
+    if held is None or not held.dtype.is_floating_point() or data is None or data.shape is None:
+        return None
+    axis = node.attributes.get_int("axis", 0)
+    from_right = axis - len(data.shape) if axis >= 0 else axis
+    if -from_right > len(held.shape):
+        return None
+    rows = int(held.shape.numpy()[from_right])
+    return (rows, node.inputs[1]) if rows > 1 else None
 
 
 def longest_sequence(model: ir.Model, inputs: Sequence[Input]) -> int:

@@ -155,5 +155,6 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
+    yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs

@@ -136,6 +136,8 @@ class SampleSet:
         return feeds
 
     def _padded(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
+        if not self.inputs[name].shape:  # one number for the whole batch
+            return parts[0]
         if len({part.shape for part in parts}) == 1:
             return np.stack(parts)
         longest = max(len(part) for part in parts)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
 from qcompile.capture.tensors import check_tensors, check_weights, inline_small
-from qcompile.capture.tidy import FoldSmallConstants, RemoveDropout
+from qcompile.capture.tidy import FoldSizes, FoldSmallConstants, ForgetDoubtfulShapes, RemoveDropout, SolveReshapes
 from qcompile.capture.widen import widen
 from qcompile.errors import UserError
 from qcompile.graph.convert import check_opset, to_canonical_opset
@@ -68,6 +68,7 @@ def read_onnx(path: Path) -> ir.Model:
     with _where(path), _quiet():
         model = _read(path)
         check_opset(model)
+        _check_ports(model, path)
         _check_wired(model, path)
         check_tensors(model)
     return model
@@ -163,7 +164,12 @@ def _simplify(model: ir.Model) -> None:
     infer = onnx_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
     for step in (
         onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ForgetDoubtfulShapes(),
         infer,
+        SolveReshapes(),
+        infer,
+        FoldSizes(),
+        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         FoldSmallConstants(),
         onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         onnx_passes.IdentityEliminationPass(),
@@ -187,6 +193,16 @@ def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:
             )
         for value, port in zip(values, ports, strict=True):
             value.type, value.shape = port.type, port.shape
+
+
+def _check_ports(model: ir.Model, path: Path) -> None:
+    """Inputs and outputs must be tensors; a negative size, as older exporters write it, is one that is not known."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            what = f"'{value.name}' is no tensor but a {type(value.type).__name__}"
+            raise UserError(what, where=str(path), hint="export the model with tensors alone as inputs and outputs")
+        if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+            value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _check_wired(model: ir.Model, path: Path) -> None:

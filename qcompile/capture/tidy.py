@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx_ir as ir
 
 FOLD_ELEMENTS = 1024  # shape arithmetic and small masks; weights are never folded
@@ -72,3 +75,95 @@ def to_identity(node: ir.Node) -> None:
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [identity], node.outputs[:1], identity.outputs
     )
+
+
+class ForgetDoubtfulShapes(ir.passes.InPlacePass):
+    """Shapes in a file that stand in the way of what inference finds by itself.
+
+    Sizes that an earlier inference made up a name for (``unk__3``), and shapes of constants other than their own, of
+    which a single one stops all inference.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        forgotten = 0
+        for value in model.graph.initializers.values():
+            if value.const_value is not None and value.shape != value.const_value.shape:
+                value.shape = ir.Shape(value.const_value.shape.numpy())
+                forgotten += 1
+        for value in (value for node in model.graph for value in node.outputs):
+            sizes = [None if str(_size(dim)).startswith("unk__") else dim for dim in value.shape or ()]
+            if None in sizes and not value.is_graph_output():
+                value.shape = ir.Shape(sizes)
+                forgotten += 1
+        return ir.passes.PassResult(model, bool(forgotten))
+
+
+class FoldSizes(ir.passes.InPlacePass):
+    """Gather(Shape(x), i) -> the size, where it is a number: torch's older exporter spells ``x.shape[i]`` so."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        folded = 0
+        for node in list(model.graph):
+            size = _gathered_size(node)
+            if size is not None:
+                constant = ir.node("Constant", [], {"value": ir.AttrTensor("value", ir.tensor(size))}, name=node.name)
+                constant.metadata_props.update(node.metadata_props)
+                outputs = constant.outputs
+                ir.convenience.replace_nodes_and_values(model.graph, node, [node], [constant], node.outputs, outputs)
+                folded += 1
+        return ir.passes.PassResult(model, bool(folded))
+
+
+def _gathered_size(node: ir.Node) -> np.ndarray | None:
+    """int64 like the index of ``node``; None where it gathers no size that is known."""
+    source = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+    index = node.inputs[1].const_value if source is not None and node.inputs[1] is not None else None
+    if source is None or source.op_type != "Shape" or index is None or source.inputs[0] is None:
+        return None
+    shape, place = source.inputs[0].shape, index.numpy()
+    if shape is None or place.ndim or "start" in source.attributes or "end" in source.attributes:
+        return None
+    size = shape[int(place)] if -len(shape) <= int(place) < len(shape) else None
+    return np.array(size, np.int64) if isinstance(size, int) else None
+
+
+class SolveReshapes(ir.passes.InPlacePass):
+    """Fill in the one size of a Reshape's result that inference leaves open: (B, S, C) -> (B, S, ?, d) has C / d.
+
+    Inference knows the number of heads only where B and S are numbers.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        solved = 0
+        for node in model.graph:
+            if node.domain == "" and node.op_type == "Reshape" and node.inputs[0] is not None:
+                shape = _solved(node.inputs[0].shape, node.outputs[0].shape)
+                if shape is not None:
+                    node.outputs[0].shape = shape
+                    solved += 1
+        return ir.passes.PassResult(model, bool(solved))
+
+
+def _solved(before: ir.Shape | None, after: ir.Shape | None) -> ir.Shape | None:
+    """``after`` with its one open size as a number, where the other sizes say it; names stand for equal sizes."""
+    if before is None or after is None:
+        return None
+    left, kept = [_size(dim) for dim in before], [_size(dim) for dim in after]
+    open_axes = []
+    for axis, size in enumerate(kept):
+        if not isinstance(size, int):
+            if size is not None and size in left:
+                left.remove(size)
+            else:
+                open_axes.append(axis)
+    if len(open_axes) != 1 or not all(isinstance(size, int) for size in left):
+        return None
+    known = math.prod(size for size in kept if isinstance(size, int))
+    whole, rest = divmod(math.prod(left), known) if known else (0, 1)  # type: ignore[arg-type]
+    if rest:
+        return None
+    return ir.Shape([whole if axis == open_axes[0] else dim for axis, dim in enumerate(after)])
+
+
+def _size(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value

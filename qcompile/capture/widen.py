@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,6 +12,7 @@ from qcompile.graph.provenance import inherit
 from qcompile.graph.workspace import Workspace
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_FACTORS = (math.sqrt(2), math.sqrt(0.5), math.sqrt(2 / math.pi), 0.044715)
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")
 
 
@@ -41,10 +44,20 @@ def _widen_initializer(value: ir.Value, workspace: Workspace) -> None:
     held = value.const_value
     if held is None or held.dtype not in HALF:
         return
-    value.const_value = workspace.tensor(held.numpy().astype(np.float32), value.name or "")
+    value.const_value = workspace.tensor(_widened(held), value.name or "")
     value.dtype = ir.DataType.FLOAT
     if isinstance(held, ir.ExternalTensor):
         held.release()
+
+
+def _widened(held: ir.TensorProtocol) -> np.ndarray:
+    """float32; a factor of a GELU that was rounded with the weights is what it was meant to be."""
+    narrow = held.numpy()
+    if narrow.size == 1:
+        for factor in _FACTORS:
+            if narrow.reshape(-1)[0] == np.asarray(factor).astype(narrow.dtype):
+                return np.full(narrow.shape, factor, np.float32)
+    return narrow.astype(np.float32)
 
 
 def _widen_node(node: ir.Node) -> None:
@@ -57,8 +70,7 @@ def _widen_node(node: ir.Node) -> None:
         if name in _TYPE_ATTRIBUTES and attribute.value in [int(kind) for kind in HALF]:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
         elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in HALF:
-            wide = attribute.as_tensor().numpy().astype(np.float32)
-            node.attributes[name] = ir.AttrTensor(name, ir.tensor(wide))
+            node.attributes[name] = ir.AttrTensor(name, ir.tensor(_widened(attribute.as_tensor())))
 
 
 def _is_interface_cast(node: ir.Node) -> bool:

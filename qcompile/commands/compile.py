@@ -109,7 +109,7 @@ def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
         rows.append(("worst layers", ", ".join(listed)))
     effects = next((p["facts"]["effects"] for p in record["passes"] if "effects" in p["facts"]), None)
     if effects is not None:
-        apart = ", ".join(f"{what} {effects[what]:g}" for what in ("weights", "activations", "both"))
+        apart = ", ".join(f"{what} {_figure(effects[what])}" for what in ("weights", "activations", "both"))
         rows.append(("error of", f"{apart} ({effects['measure']})"))
     left = sum(len(p["skips"]) for p in record["passes"])
     if left:
@@ -118,3 +118,8 @@ def summary(record: Mapping[str, Any], where: Path) -> list[tuple[str, str]]:
         gate = record["gate"]
         rows.append(("gate", f"{gate['metric']} dropped by {gate['drop']:.4g}, allowed {gate['max_drop']:g}"))
     return [*rows, ("report", str(where / REPORT))]
+
+
+def _figure(value: float | None) -> str:
+    """A number of the manifest, which holds None for what is not finite."""
+    return "not finite" if value is None else f"{value:g}"

@@ -36,10 +36,8 @@ SHOWN = 40  # findings; the rest is counted
 @click.option(
     "--length",
     type=options.COUNT,
-    default=512,
-    show_default=True,
     metavar="N",
-    help="Tokens per sample at most.",
+    help="Tokens per sample at most; default as when it was compiled.",
 )
 @click.option(
     "--integer-only",
@@ -56,7 +54,7 @@ SHOWN = 40  # findings; the rest is counted
 @options.allow_pickle
 @options.debug
 def verify(
-    folder: Path, original: str | None, calib: Path | None, tokenizer: Path | None, length: int,
+    folder: Path, original: str | None, calib: Path | None, tokenizer: Path | None, length: int | None,
     integer_only: bool, bounds: Sequence[str], allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Check the files, the interface, the outputs and the kernels of the compiled model in FOLDER."""
@@ -81,7 +79,12 @@ def verify(
 
 
 def _compiled(
-    folder: Path, original: str | None, calib: Path | None, tokenizer: Path | None, length: int, allow_pickle: bool
+    folder: Path,
+    original: str | None,
+    calib: Path | None,
+    tokenizer: Path | None,
+    length: int | None,
+    allow_pickle: bool,
 ) -> list[tuple[str, bool | None, str]]:
     """The checks of a compiled folder."""
     from qcompile import manifest, verification

@@ -121,7 +121,7 @@ def as_linear(node: ir.Node) -> Linear | None:
         transpose = match.producer(node.inputs[1], "Transpose")
         array = constant_array(transpose.inputs[0]) if transpose is not None else None
         transposed = True
-    if array is None or array.ndim != 2:
+    if array is None or array.ndim != 2 or array.dtype != np.float32:
         return None
     return Linear(node, layer_name(node), _bias_add(node, array.shape[0 if transposed else 1]), transposed)
 

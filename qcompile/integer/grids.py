@@ -33,6 +33,7 @@ HEADROOM, NARROW_HEADROOM = 4.0, 2.0
 ALIKE = 4.0  # a sum so many times larger than what is added has a grid of its own
 MOST_PLACES, GATE_PLACES = 30, 24
 TINY = 1e-9
+MASK, MASKED = -1e9, -(2.0**16)  # what no score reaches, and what is as good a mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,12 @@ def _extremes(ctx: Context, model: ir.Model, names: list[str]) -> dict[str, tupl
                 raise not_finite(model, name, np.stack([lo, hi]))
             known = found.get(name, (lo, hi))
             found[name] = np.minimum(known[0], lo), np.maximum(known[1], hi)
-    return found
+    return {name: (_without_mask(lo), _without_mask(hi)) for name, (lo, hi) in found.items()}
+
+
+def _without_mask(extreme: np.ndarray) -> np.ndarray:
+    """Scores with a mask of -1e38 in them, on a grid that holds that, would all be 0; less hides a token as well."""
+    return np.where(extreme < MASK, MASKED, extreme)
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -12,7 +12,7 @@ from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
 from qcompile.integer.emit import Emitter
 
-FAR = -1e4  # a number below this takes a token out
+FAR = -1e3  # a number below this takes a token out; files in use hold -1e4, in bfloat16 -9984
 _VIEWS = ("Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Slice", "Concat")
 BOOL = ir.DataType.BOOL
 

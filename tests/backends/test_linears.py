@@ -70,6 +70,14 @@ def test_a_bias_joins_the_integer_kernel(tmp_path: Path) -> None:
     assert program.operators()["Add"] == 1  # the sum of the two linears
 
 
+def test_an_output_declared_without_a_shape_keeps_the_integer_kernel(tmp_path: Path) -> None:
+    model = pair(bias=False)
+    model.graph.outputs[0].shape = None
+    program = lower(model, tmp_path / "p", per_token(8, symmetric=False))
+    assert [kernel["low_bit"] for kernel in program.kernels] == [True] * 3
+    assert program.written.graph.outputs[0].shape is None
+
+
 def test_the_file_holds_no_float_weights(tmp_path: Path) -> None:
     program = lower(pair(), tmp_path / "p", static())
     held = program.written.graph.initializers.values()

@@ -50,6 +50,16 @@ def test_a_sample_that_cannot_run_is_named(shape: tuple[int, ...], words: str) -
     assert caught.value.where == "calibration sample 1"
 
 
+def test_only_a_mask_may_hold_minus_infinity() -> None:
+    model = masked_model("mask")
+    model.graph.inputs[1].dtype = ir.DataType.FLOAT
+    ones, hidden = np.ones((1, 2), np.float32), np.array([[0, -np.inf]], np.float32)
+    assert len(GivenSamples([{"x": ones, "mask": hidden}], model)) == 1
+    for x, mask in ((hidden, ones), (ones, -hidden), (ones, np.float32(np.nan) * ones)):
+        with pytest.raises(UserError, match=r"holds (nan|-?inf)"):
+            GivenSamples([{"x": x, "mask": mask}], model)
+
+
 def test_a_misspelt_name_is_refused() -> None:
     misspelt: dict[str, np.ndarray] = {"x": np.ones((1, 3), np.float32), "maks": np.ones((1, 3), np.int64)}
     with pytest.raises(UserError, match="unknown calibration key 'maks'"):

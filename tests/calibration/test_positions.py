@@ -8,7 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from qcompile.calibration.inputs import UNLIMITED
+from qcompile.calibration.inputs import UNLIMITED, model_inputs
 from qcompile.calibration.positions import position_limits
 from qcompile.capture.onnx_file import load_onnx
 from qcompile.graph.workspace import Workspace
@@ -48,6 +48,31 @@ def limit(rows: int, positions: str, table: str = "position_embeddings.weight") 
 )
 def test_rows_in_front_that_no_token_reads_do_not_count(positions: str, first: int) -> None:
     assert limit(66, positions) == 66 - first
+
+
+def test_a_table_that_is_repeated_for_each_row_is_one_too() -> None:
+    """GPT-J's sines."""
+    text = """<ir_version: 10, opset_import: ["": 21]> g (int64[3] whole, int64[n] start) => (float[n] y) {
+        t = Expand(table, whole)
+        p = Tile(start, whole)
+        y = GatherElements <axis = 1> (t, p)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    for array, allowed in ((np.zeros((1, 40, 4), np.float32), 40), (np.zeros((1, 40, 4), np.int64), UNLIMITED)):
+        del proto.graph.initializer[:]
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, "table"))
+        assert position_limits(ir.from_proto(onnx.shape_inference.infer_shapes(proto))) == (allowed, allowed)
+
+
+def test_tables_of_a_fused_embedding_bound_positions_and_ids() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]> g (int32[b, s] ids) => (float[b, s, 4] y) {
+        y, n = com.microsoft.EmbedLayerNormalization (ids, , words, places, , g, g)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in {"words": (30, 4), "places": (40, 4), "g": (4,)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
+    model = ir.from_proto(proto)
+    assert position_limits(model) == (40, 40) and model_inputs(model)[0].vocabulary == 30
 
 
 @pytest.mark.parametrize(("rows", "allowed"), [(512, 512), (514, 512), (2050, 2048), (50, 50)])

@@ -197,7 +197,7 @@ def test_a_wrong_image_size_and_nan(tmp_path: Path) -> None:
     assert expected in refusal(vision, path, None)
     images[1, 0, 0, 0] = np.nan
     path = npz(tmp_path / "c.npz", pixel_values=images[..., :8])
-    assert "'pixel_values' holds nan in sample 1" in refusal(vision, path, None)
+    assert "'pixel_values' holds nan\n  where: calibration sample 1" in refusal(vision, path, None)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -317,6 +317,15 @@ def test_random_samples_are_as_long_as_may_be_and_shorter(positions: int, length
     lengths = [n for _, n in shapes(load_samples(model(IDS, MASK, positions=positions), None, None, 128, length))]
     assert len(lengths) == 16 and lengths.count(longest) >= 8
     assert min(lengths) < longest and len(set(lengths)) > 4
+
+
+def test_an_input_without_axes_is_one_number_for_all(tmp_path: Path) -> None:
+    count: Port = ("total", INT, [])
+    path = npz(tmp_path / "c.npz", input_ids=np.ones((3, 4), np.int64), total=np.int64(7))
+    for calib in (None, path):
+        samples = list(load_samples(model(IDS, count), calib, None, max_samples=3))
+        assert len(samples) == 3 and {sample.feeds["total"].shape for sample in samples} == {()}
+    assert samples[0].feeds["total"] == 7
 
 
 def test_random_rows_fill_a_static_batch() -> None:

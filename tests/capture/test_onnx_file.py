@@ -171,6 +171,27 @@ def test_shape_arithmetic_is_folded_and_weights_are_not(workspace: Workspace, tm
     assert_same_function(path, loaded, workspace)
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_heads_and_halves_of_older_exports_are_numbers(stale: bool, workspace: Workspace, tmp_path: Path) -> None:
+    """x.view(*x.shape[:-1], -1, 8)[..., : 8 // 2]; ``stale``: shapes in the file that say nothing, or what is wrong."""
+    text = """<ir_version: 8, opset_import: ["": 17]> main (float[batch, seq, 40] x) => (float[b, s, h, 4] y)
+        <int64[1] three, float[unk__1, unk__2, unk__3, unk__4] h> {
+        s = Shape(x) n = Gather(s, zero) l = Gather(s, one) n1 = Unsqueeze(n, first) l1 = Unsqueeze(l, first)
+        t = Concat <axis = 0> (n1, l1, minus, eight) h = Reshape(x, t)
+        hs = Shape(h) w = Gather(hs, three) half = Div(w, two) end = Unsqueeze(half, first)
+        y = Slice(h, first, end, last)
+    }"""
+    model = onnx.parser.parse_model(text)
+    if not stale:
+        del model.graph.value_info[:]
+    numbers = {"zero": 0, "one": 1, "two": 2, "three": 3, "first": [0], "last": [3], "minus": [-1], "eight": [8]}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(n), name) for name, n in numbers.items())
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    heads, half = (next(n for n in loaded.graph if n.op_type == kind) for kind in ("Reshape", "Slice"))
+    assert str(heads.outputs[0].shape) == "[batch,seq,5,8]"
+    assert half.inputs[2].const_value.numpy() == [4]  # type: ignore[union-attr]
+
+
 def test_functions_are_inlined(workspace: Workspace, tmp_path: Path) -> None:
     text = """<ir_version: 8, opset_import: ["": 18, "local": 1]>
     main (float[batch, 3, 40] x) => (float[batch, 3, 40] y) { y = local.twice(x) }
@@ -335,6 +356,22 @@ def test_broken_wiring(workspace: Workspace, tmp_path: Path) -> None:
     assert "two initializers have the name 'w'" in refusal(saved(double, tmp_path), workspace)
 
 
+def test_a_negative_size_is_one_that_is_not_known(workspace: Workspace, tmp_path: Path) -> None:
+    """Older exporters write -1 for a free axis."""
+    model = linear()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    assert str(loaded.graph.inputs[0].shape) == "[None,3,40]"
+
+
+def test_an_output_that_is_no_tensor_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    model = proto([helper.make_node("SequenceConstruct", ["x", "x"], ["y"])])
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    model.graph.output[0].CopyFrom(helper.make_value_info("y", kind))
+    with pytest.raises(UserError, match="'y' is no tensor but a SequenceType"):
+        load_onnx(saved(model, tmp_path), workspace)
+
+
 def test_weights_that_are_not_finite(workspace: Workspace, tmp_path: Path) -> None:
     for bad, words in ((np.nan, "weight 'w' holds 2 NaN"), (np.inf, "weight 'w' holds 2 infinite values")):
         weight = WEIGHT.copy()
@@ -377,6 +414,20 @@ def test_half_precision_becomes_float32_inside_only(kind: int, workspace: Worksp
     assert operators(loaded) == ["Cast", "MatMul", "Add", "Cast"]
     if kind == TensorProto.FLOAT16:
         assert_runs_in_half(workspace.save(loaded, "loaded"), half)
+
+
+def test_a_factor_of_a_gelu_that_was_rounded_with_the_weights_is_itself_again(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    text = """<ir_version: 8, opset_import: ["": 18]>
+    main (bfloat16[batch] x) => (bfloat16[batch] y, bfloat16[batch] z) { y = Div(x, root) z = Div(x, other) }"""
+    model = onnx.parser.parse_model(text)
+    for name, number in (("root", 2**0.5), ("other", 1.5)):
+        held = ir.tensor(np.array(number).astype(ir.DataType.BFLOAT16.numpy()), dtype=ir.DataType.BFLOAT16, name=name)
+        model.graph.initializer.append(ir.to_proto(held))
+    loaded = load_onnx(saved(model, tmp_path), workspace).graph.initializers
+    assert loaded["root"].const_value.numpy() == np.float32(2**0.5)  # type: ignore[union-attr]
+    assert loaded["other"].const_value.numpy() == 1.5  # type: ignore[union-attr]
 
 
 def assert_runs_in_half(path: Path, weight: np.ndarray) -> None:

@@ -64,6 +64,14 @@ CASES: dict[str, Case] = {
         {"RMSNormalization"},
         "float[b, s, 16] y, float[b, s, 16] z",
     ),
+    "embed_layer_norm_whose_mask_index_attention_reads": Case(  # what ONNX Runtime's optimizer makes of BERT
+        """i = Cast <to = 6> (ids)
+        e, n = com.microsoft.EmbedLayerNormalization (i, kind, words, places, kinds, g, b, mask)
+        y = com.microsoft.Attention <num_heads = 4> (e, w, c, n)""",
+        {"words": weight(256, D), "places": weight(64, D), "kinds": weight(2, D), **NORM, **QKV},
+        {"LayerNormalization", "Attention"},
+        inputs="int64[b, s] ids, int32[b, s] kind, int32[b, s] mask",
+    ),
     "embed_layer_norm": Case(
         "y, n = com.microsoft.EmbedLayerNormalization (ids, kind, words, places, kinds, g, b, mask)",
         {
@@ -273,6 +281,14 @@ def test_the_context_is_as_wide_as_the_values(tmp_path: Path, workspace: Workspa
     model, _ = canonicalised(write(case, tmp_path / "model.onnx"), workspace)
     (shape,) = (node.outputs[0].shape for node in model.graph if node.op_type == "Attention")
     assert shape is not None and shape[1] == H and shape[3] == 2
+
+
+def test_a_fused_embedding_looks_up_the_ids_of_the_caller(tmp_path: Path, workspace: Workspace) -> None:
+    """Through a Cast to int32 no proof would know that they lie inside of the table."""
+    case = CASES["embed_layer_norm_whose_mask_index_attention_reads"]
+    model, _ = canonicalised(write(case, tmp_path / "model.onnx"), workspace)
+    assert [node.op_type for node, _ in model.graph.inputs[0].uses()].count("Gather") == 1
+    assert not [node for node in model.graph if node.op_type == "Cast" and node.inputs[0] is model.graph.inputs[0]]
 
 
 REFUSED = {

@@ -39,6 +39,7 @@ WEIGHTS = {name: np.array(number, np.float32) for name, number in NUMBERS.items(
     "w": weight(3),
     "batch": np.stack([weight(4)] * 2),
     "wide": weight(5, 2, 8),
+    "double": weight(6).astype(np.float64),
 }
 
 
@@ -162,7 +163,17 @@ ROTATIONS = {
     ),
 }
 
+# torch's older exporter computes the norms of float16 models so
+NORMS["in float64"] = (
+    "d = Cast <to = 11> (x) q = Mul (d, d) v = ReduceMean <keepdims = 1> (q, last) f = Cast <to = 11> (eps)"
+    " e = Add (v, f) r = Sqrt (e) h = Div (d, r) y = Cast <to = 1> (h)",
+    "not seen as a norm: it is computed in float64",
+)
 LINEARS = {
+    "doubles": (
+        "d = Cast <to = 11> (x) n = MatMul (d, double) y = Cast <to = 1> (n)",
+        "not seen as a linear: its weight is in float64, and float32 is needed",
+    ),
     "a matrix for each sample": ("y = MatMul (x, batch)", "not seen as a linear: its weight has rank 3"),
     "a weight on the left": ("y = MatMul (w, k)", "its weight stands on the left"),
     "a weight that is computed": ("h = Sin (w) y = MatMul (x, h)", "its weight is computed by Sin at run time"),
@@ -176,8 +187,14 @@ LINEARS = {
         "f = Reshape (x, flat) y = Gemm (f, w, wide)",
         "its bias is not one number for each column",
     ),
+    "inside of an If": (
+        "y = If (flag) <then_branch = t () => (float[] u) { u = MatMul (x, w) },"
+        " else_branch = e () => (float[] v) { v = Neg (x) }>",
+        "not seen as a linear: it stands inside of If",
+    ),
 }
 INPUTS = {"a weight of the caller": "float[2, s, 8] x, float[8, 4] u", "a weight on the left": "float[b, 8, s] k"}
+INPUTS["inside of an If"] = "float[2, s, 8] x, bool flag"
 INPUTS |= {"a bias for each row": "float[2, 1, 8] x", "a transposed input": "float[2, 1, 8] x"}
 CASES = NORMS | CURVES | ROTATIONS | LINEARS
 

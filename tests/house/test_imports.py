@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"block", "calibration", "capture", "instruments", "integer", "proof", "training"},
     {"passes"},
     {"backends", "models"},
-    {"intake", "publish", "report", "reporting"},
+    {"acceptance", "intake", "publish", "report", "reporting"},
     {"driver", "generation", "roofline", "verification"},
     {"cli", "commands"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.integer.grids import CACHE_BITS, HEADROOM, NARROW_BITS, WIDE_BITS, Grids, find_grids
@@ -40,6 +41,13 @@ def test_calibration_has_its_headroom_and_no_more_than_twice_that() -> None:
     found = grids(PORTS + " { y = Mul (x, z) }")
     for name, reach in (("x", 4.0), ("z", 100.0)):
         assert reach * HEADROOM <= 2.0 ** (WIDE_BITS - found.places[name]) <= 2 * reach * HEADROOM
+
+
+def test_a_mask_among_scores_leaves_them_a_grid_that_tells_them_apart() -> None:
+    text = "g (float[B, S, 16] x) => (float[B, S, 16] y) { w = Where (seen, x, far) y = Add (w, x) }"
+    found = grids(text, {"seen": np.arange(16) % 2 == 0, "far": np.finfo(np.float32).min})
+    assert found.places["w"] == found.places["x"] == WIDE_BITS - 18  # 2^16 with headroom
+    assert found.extremes["w"][0] == -(2.0**16)
 
 
 def test_who_reads_a_value_limits_its_grid() -> None:

@@ -16,7 +16,7 @@ CONSTANTS = {
     "zero": np.float32(0), "far": np.float32(FAR), "one": np.float32(1), "half": np.float32(0.5),
     "near": np.float32(-3), "axis": np.array([1]), "rows": np.array([0, 1, -1]), "none": np.float32(-np.inf),
     "upper": np.triu(np.full((3, 3), FAR, np.float32), 1), "start": np.array([0]), "end": np.array([2]),
-    "shape": np.array([2, 1, 3, 3]), "mixed": np.array([[0, -1, FAR]], np.float32),
+    "old": np.float32(-1e4), "shape": np.array([2, 1, 3, 3]), "mixed": np.array([[0, -1, FAR]], np.float32),
     "ragged": np.array([[0, np.nan, FAR]], np.float32),
 }  # fmt: skip
 FEEDS = {
@@ -48,6 +48,7 @@ def ran(nodes: str, constants: dict[str, Array] | None = None) -> tuple[Array, A
         "mask = Where (m, zero, far)",
         "mask = Where (m, far, zero)",
         "mask = Where (m, zero, none)",
+        "mask = Where (m, zero, old)",
         "mask = Where (m, zero, zero)",
         "o = Where (m, zero, far) mask = Where (m, o, far)",
         "o = Where (m, zero, far) n = Not (m) mask = Where (n, far, o)",

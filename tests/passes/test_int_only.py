@@ -46,6 +46,17 @@ def test_it_counts_floats_and_records_for_which_sizes_it_is_proven() -> None:
         assert json.loads(model.metadata_props[BOUNDS]) == {"B": 1024, "S": 128}
 
 
+def test_a_table_of_positions_bounds_the_sizes_before_it_becomes_integers() -> None:
+    text = """g (int64[B, S] p, float[B, S] x) => (float[B, S] y)
+        { t = Expand (table, whole) r = GatherElements <axis = 1> (t, p) y = Add (r, x) }"""
+    table = {"table": np.linspace(-1, 1, 40)[None], "whole": np.array([2, 40])}
+    with context([{"p": np.zeros((2, 3), np.int64), "x": drawn(2, 3)}]) as ctx:
+        model = parsed(text, table)
+        ctx.ledger.open("int_only", "int_only", "approximation")
+        IntOnly().run(model, ctx)
+        assert json.loads(model.metadata_props[BOUNDS]) == {"B": 1024, "S": 40}
+
+
 @pytest.mark.parametrize("positions", (0, 2**15 + 1))
 def test_more_positions_than_31_bits_add_up_are_refused(positions: int) -> None:
     with pytest.raises(UserError, match=r"must lie in 1\.\.32768"):

@@ -291,6 +291,38 @@ def test_a_missed_gate_raises_and_writes_nothing(model: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def changing(factor: float) -> IrPass:
+    """A pass of the user's that multiplies the last weight."""
+
+    def multiply(loaded: ir.Model) -> None:
+        value = loaded.graph.initializers["down.weight"]
+        with np.errstate(over="ignore", invalid="ignore"):
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)  # type: ignore[union-attr]
+
+    return IrPass(multiply, "multiply")
+
+
+def test_a_program_that_overflows_is_not_written(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="answers NaN or infinity where the float model does not"):
+        compile_float(model, passes=[changing(math.inf)], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_far_from_the_model_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compile_float(model, passes=[changing(0.0)]).close()
+    assert "the outputs are far from the float model's (SQNR 0.0 dB)" in capsys.readouterr().err
+    compile_float(model, passes=[changing(0.9)]).close()
+    assert "far from" not in capsys.readouterr().err
+
+
+def test_a_weight_that_is_an_output_too_stays_one(model: Path) -> None:
+    loaded = ir.load(model)
+    loaded.graph.outputs.append(loaded.graph.initializers["gain"])
+    with compile_float(loaded) as compiled:
+        found = compiled.run(feeds())
+    assert np.array_equal(found["gain"], loaded.graph.initializers["gain"].const_value.numpy())  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named_before_any_sample(number: float, tmp_path: Path) -> None:
     loaded = ir.load(write_model(tmp_path / "bad.onnx"))

@@ -74,11 +74,13 @@ def test_a_difference_is_taken_over_unmasked_positions_only() -> None:
 
 
 def test_a_difference_takes_equal_infinities_as_equal_and_nan_as_lost() -> None:
-    same, lost = Difference(), Difference()
+    same, lost, overflown = Difference(), Difference(), Difference()
     same.add(np.array([[-np.inf, 1.0]]), np.array([[-np.inf, 1.0]]))
     lost.add(np.array([[1.0, 1.0]]), np.array([[np.nan, 1.0]]))
+    overflown.add(np.array([[1.0, 1.0]]), np.array([[np.inf, 1.0]]))
     assert same.relative == 0.0
     assert math.isnan(lost.relative) and lost.sqnr_db == LOST_DB
+    assert overflown.relative == math.inf and overflown.sqnr_db == LOST_DB
 
 
 def test_a_fold_that_changes_the_function_is_a_broken_contract(model: Path) -> None:
@@ -92,6 +94,20 @@ def test_a_fold_within_its_tolerance_passes(model: Path) -> None:
     with compiled(model, Liar(factor=1.000001)) as result:
         proof = result.manifest["passes"][1]["proof"]
     assert 0 < proof["relative"] <= 1e-5 and proof["tolerance"] == 1e-5
+
+
+def test_outputs_in_half_precision_may_differ_by_a_step_of_it(model: Path) -> None:
+    """The program is float32 inside; only what the caller is given is rounded."""
+    loaded = ir.load(model)
+    (result,) = loaded.graph.outputs
+    cast = ir.node("Cast", [result], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT16))})
+    narrow = cast.outputs[0]
+    narrow.name, narrow.type, narrow.shape = "narrow", ir.TensorType(ir.DataType.FLOAT16), result.shape
+    loaded.graph.append(cast)
+    loaded.graph.outputs[0] = narrow
+    compiled(loaded, Liar(factor=1.0002)).close()  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="allowed 1e-03"):
+        compiled(loaded, Liar())  # type: ignore[arg-type]
 
 
 def test_a_lossy_pass_has_its_error_recorded(model: Path) -> None:

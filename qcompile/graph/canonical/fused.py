@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -22,7 +23,21 @@ Decompose = Callable[[Draft, ir.Node], str]
 
 
 def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
-    """Take every fused operator apart; returns how many, and those that stay with the reason."""
+    """Take every fused operator apart; returns how many, and those that stay with the reason.
+
+    In rounds: the shapes behind an operator that inference does not know are seen once it is taken apart.
+    """
+    total, count, left = 0, 1, [match.Unrecognised(node, "") for node in model.graph if _rule(node) is not None]
+    while count and left:
+        count, left = _round(model, workspace)
+        total += count
+        if count:
+            common.RemoveUnusedNodesPass()(model)
+            common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    return total, left
+
+
+def _round(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
     count, left = 0, []
     for node in list(model.graph):
         decompose = _rule(node)
@@ -33,9 +48,6 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unre
             left.append(match.Unrecognised(node, reason))
         else:
             count += 1
-    if count:
-        common.RemoveUnusedNodesPass()(model)
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     return count, left
 
 
@@ -94,8 +106,9 @@ def _rms_norm(draft: Draft, node: ir.Node) -> str:
 
 def _embed_layer_norm(draft: Draft, node: ir.Node) -> str:
     """The sum of word, position and segment rows, normalised; the second output counts each row's mask."""
-    ids, segments, words, positions, kinds, gamma, beta = node.inputs[:7]
-    mask, places = given(node, 7), given(node, 8)
+    ids, segments = map(_uncast, node.inputs[:2])
+    words, positions, kinds, gamma, beta = node.inputs[2:7]
+    mask, places = _uncast(given(node, 7)), _uncast(given(node, 8))
     if places is None:
         assert ids is not None
         # (1, S), not (S): ONNX Runtime 1.31 rewrites Gather(table, Range) to a Slice that it cannot run
@@ -108,8 +121,17 @@ def _embed_layer_norm(draft: Draft, node: ir.Node) -> str:
     if is_used(node, 1):
         if mask is None:
             return "the mask index is read, but there is no mask"
-        counts = draft.op("ReduceSum", mask, draft.ints(1), keepdims=0)
+        one = draft.constant(np.asarray(1, np.int64 if mask.dtype == ir.DataType.INT64 else np.int32), "one")
+        real = draft.op("Equal", mask, one)
+        counts = draft.op("ReduceSum", draft.op("Cast", real, to=int(ir.DataType.INT32)), draft.ints(1), keepdims=0)
     return draft.finish(normal, counts, total if is_used(node, 2) else None)
+
+
+def _uncast(index: ir.Value | None) -> ir.Value | None:
+    """Integers as the caller gives them: the fused operator wants int32, Gather takes both."""
+    cast = match.producer(index, "Cast")
+    source = cast.inputs[0] if cast is not None else None
+    return source if source is not None and source.dtype in (ir.DataType.INT32, ir.DataType.INT64) else index
 
 
 # --------------------------------------------------------------------------- activations and products

@@ -7,11 +7,16 @@ Add(bias, MatMul)                   ->  Add(MatMul, bias)
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, is_tied, new_initializer
+from qcompile.graph.functions import is_op
+from qcompile.graph.provenance import original_name
 from qcompile.graph.workspace import Workspace
 
 
@@ -98,7 +103,18 @@ def misses(graph: ir.Graph) -> list[match.Unrecognised]:
     """Products with a constant that are no linears, at the end of canonicalisation."""
     found = [(node, _gemm_detail(node)) for node in match.nodes(graph, "Gemm")]
     found += [(node, _product_detail(node)) for node in match.nodes(graph, "MatMul")]
+    found += [(node, f"it stands inside of {outer}") for node, outer in _linears_inside(graph)]
     return [match.Unrecognised(node, f"not seen as a linear: {why}") for node, why in found if why]
+
+
+def _linears_inside(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Products with a constant matrix in the branches of If and the bodies of loops, and what those are in."""
+    for outer in graph:
+        bodies = [a.value for a in outer.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        for node in itertools.chain.from_iterable(map(ir.traversal.RecursiveGraphIterator, bodies)):
+            weight = constant_array(node.inputs[1]) if is_op(node, "MatMul", "Gemm") else None
+            if weight is not None and weight.ndim == 2 and min(weight.shape) > 1:
+                yield node, f"{outer.op_type} '{original_name(outer)}'"
 
 
 def _gemm_detail(node: ir.Node) -> str:
@@ -120,7 +136,7 @@ def _product_detail(node: ir.Node) -> str:
         return _computed(node.inputs[1])
     if right.ndim != 2 and max(right.shape) > 1 and right.dtype == np.float32:
         return f"its weight has rank {right.ndim}"
-    return ""
+    return "its weight is in float64, and float32 is needed" if right.dtype == np.float64 else ""
 
 
 def _computed(weight: ir.Value | None) -> str:

@@ -141,7 +141,7 @@ def _vector(node: ir.Node | None) -> np.ndarray | None:
 
 def _replace(model: ir.Model, found: _Spelled, workspace: Workspace) -> bool:
     width = _width(found)
-    if width is None:
+    if width is None or found.x.dtype not in (None, ir.DataType.FLOAT):
         return False
     gamma = found.gamma if found.gamma is not None else np.ones(width, np.float32)
     hint = found.end.outputs[0].name or "norm"
@@ -244,6 +244,8 @@ _BETWEEN = ("Add", "Sqrt", "Reciprocal", "Pow", "Div", "Max", "Clip", "Cast", "M
 def _detail(mean: ir.Node, path: list[ir.Node]) -> str:
     """The first step that the recogniser does not know."""
     shifted, root = path[0], path[1]
+    if mean.outputs[0].dtype == ir.DataType.DOUBLE:
+        return "it is computed in float64"
     if not _last_axis(mean):
         return "its mean is not over the last axis alone, or drops that axis"
     if not is_op(shifted, "Add"):
