@@ -120,8 +120,8 @@ class Run:
 
     def _clip_rate(self) -> float:
         """Over that of weights: ranges follow activations that grow fast at first; at that rate they collapse later."""
-        left: float = 1 - self.step / self.given.steps
-        return 1 + (self.given.clip_rate - 1) * left
+        extra: float = (self.given.clip_rate - 1) * (1 - self.step / self.given.steps)
+        return 1 + extra
 
 
 def one_step(model: Any, optimizer: Any, ids: torch.Tensor, bfloat16: bool) -> float:
