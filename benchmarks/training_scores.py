@@ -141,10 +141,11 @@ def _start_on_extremes(module: Any, calibration: Feeds) -> None:
 
 
 def compiled(run: Run, weights: int, activations: int | None, calibration: Feeds, windows: np.ndarray) -> float:
-    """The perplexity of the compiled program, with weights that ``gptq`` chose."""
-    clipped = activations is not None and has_clips(run)
-    module = run.model if clipped else without_clips(run)
-    path = captured(module, run.folder / f"{'clips' if clipped else 'float'}-{run.step}")
+    """The perplexity of the compiled program, with weights that ``gptq`` chose; float activations are cut where learned
+    ranges end."""
+    kind = "float" if not has_clips(run) else "clamps" if activations is None else "clips"
+    module = run.model if kind == "clips" else clamped(run) if kind == "clamps" else without_clips(run)
+    path = captured(module, run.folder / f"{kind}-{run.step}")
     recipe = recipe_of(weights, activations)
     with qcompile.compile(ir.load(path), calibration=calibration, recipe=recipe, passes="gptq") as program:
         return perplexity(lambda feeds: next(iter(program.run(feeds).values())), windows)

@@ -55,8 +55,8 @@ class Group:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """clip_norm: the largest norm of a step's gradient; seed: of the order of the samples in each epoch; step_tokens:
-    a step takes samples until they have so many tokens; coarse: the steps' products of matrices in bfloat16, added
-    in float32, where the processor has instructions for it; the state is measured in float32."""
+    a step takes samples until they have so many tokens; coarse: products of matrices in bfloat16, added in float32,
+    where the processor has instructions for it; who folds the result compares the block in float32."""
 
     epochs: int = 5
     schedule: Literal["constant", "cosine"] = "constant"
@@ -218,7 +218,7 @@ class _Loop:
     def _error(self) -> float:
         """The objective over every example, or every second one of many; infinite where it is not finite."""
         judges = range(0, len(self._examples), 2 if len(self._examples) >= 2 * JUDGES else 1)
-        with torch.no_grad():
+        with torch.no_grad(), _products(coarse=self._plan.coarse):
             changed = self._change()
             found = [self._squares(changed, self._examples[number]) for number in judges]
         error = sum(total.item() for total, _ in found) / (max(sum(count for _, count in found), 1) * self._unit)
