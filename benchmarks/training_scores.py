@@ -301,7 +301,7 @@ def report(given: argparse.Namespace, runs: dict[str, Run], corpus: Corpus) -> N
         "text": f"{len(corpus.train)} tokens to train on, {len(corpus.valid)} held out; digest {corpus.digest[:16]}",
         "training": f"{first.step} steps of {given.rows} x {first.recipe.positions} tokens, "
         f"{first.step * given.rows * first.recipe.positions} tokens in all, rate {given.rate:g}, "
-        f"kurtosis {given.kurtosis:g}",
+        f"that of clips {given.clip_rate:g} times as much at first, kurtosis {given.kurtosis:g}",
         "weights of the plain model": digest(without_clips(runs["plain"])) if "plain" in runs else "",
         "perplexity": f"{WINDOWS} held-out windows of {first.recipe.positions} tokens, spread evenly; "
         f"calibration {CALIBRATION} windows",
