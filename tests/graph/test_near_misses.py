@@ -187,6 +187,10 @@ LINEARS = {
         "f = Reshape (x, flat) y = Gemm (f, w, wide)",
         "its bias is not one number for each column",
     ),
+    "an einsum": (
+        'y = Einsum <equation = "bsk,kn->bsn"> (x, w)',
+        "not seen as a linear: Einsum has no kernel in low bits here",
+    ),
     "inside of an If": (
         "y = If (flag) <then_branch = t () => (float[] u) { u = MatMul (x, w) },"
         " else_branch = e () => (float[] v) { v = Neg (x) }>",

@@ -19,6 +19,8 @@ from qcompile.graph.functions import is_op
 from qcompile.graph.provenance import original_name
 from qcompile.graph.workspace import Workspace
 
+WEIGHTED = ("Conv", "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
+
 
 def rewrite(model: ir.Model, workspace: Workspace) -> int:
     """Bring every linear to one spelling; returns how many changed."""
@@ -104,7 +106,16 @@ def misses(graph: ir.Graph) -> list[match.Unrecognised]:
     found = [(node, _gemm_detail(node)) for node in match.nodes(graph, "Gemm")]
     found += [(node, _product_detail(node)) for node in match.nodes(graph, "MatMul")]
     found += [(node, f"it stands inside of {outer}") for node, outer in _linears_inside(graph)]
+    found += [(node, f"{node.op_type} has no kernel in low bits here") for node in _weighted(graph)]
     return [match.Unrecognised(node, f"not seen as a linear: {why}") for node, why in found if why]
+
+
+def _weighted(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Operators other than products of matrices that hold a constant matrix."""
+    for node in match.nodes(graph, *WEIGHTED):
+        weights = [constant_array(value) for value in node.inputs]
+        if any(weight is not None and weight.ndim > 1 and min(weight.shape[:2]) > 1 for weight in weights):
+            yield node
 
 
 def _linears_inside(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
