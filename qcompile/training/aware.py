@@ -89,8 +89,8 @@ def regularization_loss(model: nn.Module) -> torch.Tensor:
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: matrices with decay, biases and norms without, and clips.
 
-    Clips have no decay. Their rate is that of weights, for a step is a share of the range; from scratch ten times as much
-    at first follows activations that grow.
+    Clips have no decay. Their rate is that of weights, for a step is a share of the range; from scratch ten times as
+    much at first follows activations that grow.
     """
     clips = {id(p) for module in model.modules() if isinstance(module, Quantiser) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
