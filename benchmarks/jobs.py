@@ -57,7 +57,8 @@ def run_job(name: str, **arguments: Any) -> Finished:
 
 def _last_line(text: str, code: int) -> str:
     """The reason without the paths of this machine."""
-    lines = [line for line in text.strip().splitlines() if line.strip() and not line.startswith("hint:")]
+    told = [line.strip() for line in text.splitlines()]
+    lines = [line for line in told if line and not line.startswith(("hint:", "where:"))]
     plain = re.sub(r"(?<![\w/])(/[\w.+-]+)+/", "", lines[-1] if lines else "")
     return plain[:LONGEST_ERROR] or f"ended with status {code}"
 

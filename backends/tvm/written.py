@@ -130,9 +130,12 @@ def attention(
 
 
 def grown(program: Program, parts: Sequence[Tensor], axis: int) -> Tensor | None:
-    """``parts`` one after the other, such as a cache and what it grows by; None where no part is of dynamic length."""
+    """``parts`` one after the other, such as a cache and what it grows by, in loops of a CPU.
+
+    None where no part is of dynamic length, and for GPUs, whose schedules give each element a thread.
+    """
     dynamic = any(not isinstance(part.shape[axis], int) for part in parts)
-    if program.target is None or not dynamic or axis == parts[0].rank - 1:
+    if unit(program.target) in ("", "loops") or not dynamic or axis == parts[0].rank - 1:
         return None
     shapes = tuple(tuple(side if isinstance(side, int) else None for side in part.shape) for part in parts)
     total = parts[0].shape[axis]

@@ -19,6 +19,7 @@ from qcompile.graph.edits import constant_array, naming
 from qcompile.graph.provenance import layer_name, original_name
 from qcompile.integer.emit import LIMIT, Emitter
 from qcompile.integer.grids import Grids, caches, find_grids
+from qcompile.integer.positions import factors
 from qcompile.integer.values import Codes, Held, Rows, Sums, Wide
 from qcompile.pipeline import Context
 
@@ -51,6 +52,7 @@ class Converter:
         self.keys = settings.positions * (2 if caches(model.graph) else 1)  # that a query may attend to
         self.floats: list[tuple[ir.Node, str]] = []  # that stayed float, and why
         self._real: dict[int, ir.Value] = {}
+        self._turns: dict[int, ir.Value] = {}
 
     # ----------------------------------------------------------------------- reading
 
@@ -89,6 +91,12 @@ class Converter:
         if constant_array(value) is not None:
             return self.constant(value, places)
         return self.emit.rescaled(self.wide(value), places, bound).value
+
+    def turn(self, value: ir.Value) -> ir.Value:
+        """The cosines or sines ``value``, which every layer reads, from one table; positions.NoTable where none is."""
+        if id(value) not in self._turns:
+            self._turns[id(value)] = factors(value, self.emit, self.settings.positions)
+        return self._turns[id(value)]
 
     def places(self, value: ir.Value) -> int:
         found = self.grids.places.get(str(value.name))

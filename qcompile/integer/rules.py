@@ -263,7 +263,7 @@ def gather(c: Converter, node: ir.Node) -> None:
 def rotary(c: Converter, node: ir.Node) -> None:
     x = c.wide(node.inputs[0])
     try:
-        turns = [positions.factors(v, c.emit, c.settings.positions) for v in node.inputs[1:3] if v is not None]
+        turns = [c.turn(v) for v in node.inputs[1:3] if v is not None]
     except positions.NoTable as error:
         raise Refused(f"its cosines are no function of one position: {error}") from error
     x = c.emit.rescaled(x, x.places, 2**NARROW_BITS)

@@ -56,7 +56,7 @@ def test_a_job_gives_its_result_or_the_last_line_of_its_error(monkeypatch: pytes
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "jobs.py").write_text(
         "import sys\n"
-        "if sys.argv[1] == 'bad': raise SystemExit(f'no file {sys.executable} here')\n"
+        "if sys.argv[1] == 'bad': raise SystemExit(f'no file {sys.executable} here\\n  hint: look')\n"
         'open(sys.argv[3], \'w\').write(\'{"result": {"done": 1}, "peak_mb": 9}\')\n'
     )
     monkeypatch.setattr(jobs, "ROOT", tmp_path)

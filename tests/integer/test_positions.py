@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from qcompile.calibration.runner import open_session
 from qcompile.integer.positions import PLACES, NoTable, factors
 from tests.integer.graphs import Array, emitter, parsed
+from tests.integer.programs import compiled
 
 COUNT = 50
 FREQUENCIES = np.geomspace(1, 1e-3, 4).astype(np.float32)
@@ -82,3 +84,9 @@ def test_what_is_no_function_of_one_position_is_refused(port: str, nodes: str, r
     with pytest.raises(NoTable) as error:
         ran(port, nodes, np.zeros((2, 5), np.int64))
     assert reason in str(error.value)
+
+
+def test_every_layer_turns_by_the_same_two_tables() -> None:
+    nodes = onnx.load(compiled("llama", "w8a8_static").folder / "model.onnx", load_external_data=False).graph.node
+    tables = [node.input[0] for node in nodes if node.op_type == "Gather" and ".table" in node.input[0]]
+    assert len(tables) == len(set(tables)) == 2
