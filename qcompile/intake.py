@@ -204,6 +204,7 @@ def take_samples(
     from qcompile.calibration.samples import SampleSet, load_samples
 
     path = None if calibration is None else Path(calibration)
+
     def load(length: int) -> SampleSet:
         return load_samples(model, path, tokenizer, max_samples=max_samples, max_length=length, seed=seed)
 

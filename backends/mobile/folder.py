@@ -12,6 +12,7 @@ import onnx_ir as ir
 from qcompile.manifest import files_below, sha256
 
 PAGE, SUMS = "README.md", "SHA256SUMS"
+LEAD = "The first three files are the program. Sizes and digests of all are in SHA256SUMS and manifest.json."
 LENGTH = 8  # tokens that the samples run
 
 
@@ -48,13 +49,16 @@ def _copy(source: Traversable, destination: Path, words: Mapping[str, str]) -> N
     destination.write_text(text, encoding="utf-8")
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of every file below ``folder``, as ``sha256sum --check`` reads it."""
+def finish(
+    folder: Path, title: str, lead: str, files: Mapping[str, str], notes: Mapping[str, Sequence[str]]
+) -> None:
+    """Write README.md and then SHA256SUMS, of every file below ``folder``, as ``sha256sum --check`` reads it."""
+    (folder / PAGE).write_text(_page(title, lead, files, notes), encoding="utf-8")
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_below(folder)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def page(title: str, lead: str, files: Mapping[str, str], notes: Mapping[str, Sequence[str]]) -> str:
+def _page(title: str, lead: str, files: Mapping[str, str], notes: Mapping[str, Sequence[str]]) -> str:
     """The text of README.md: a table of ``files`` with what each is for, and a list below each heading of ``notes``."""
     rows = [f"| `{name}` | {meaning} |" for name, meaning in files.items()]
     parts = [f"# {title}", lead, "\n".join(["| file | what for |", "| --- | --- |", *rows])]

@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
@@ -28,6 +28,9 @@ from qcompile.backends.opencl.target import OpenCl
 from qcompile.backends.tvm.program import FILE
 from qcompile.errors import UserError
 from qcompile.pipeline import Arrays
+
+if TYPE_CHECKING:
+    from qcompile.backends.gpu.launches import Launch
 
 _INSTEAD = "leave gpu out for the phone's processor, or take runtime=onnxruntime"
 _UNRUN = "a phone's GPU: nothing was run on one"
@@ -96,10 +99,7 @@ class _GpuPackage(GpuTarget):
             "On a command line": [self.command],
             "What was checked": [self.ran, f"not run: {_UNRUN}", f"not built: {UNBUILT[self.platform]}"],
         }
-        lead = "The first three files are the program. Sizes and digests of all are in SHA256SUMS and manifest.json."
-        text = package.page(f"A program for the GPU of a phone: {self.platform}", lead, files, notes)
-        (folder / package.PAGE).write_text(text, encoding="utf-8")
-        package.write_sums(folder)
+        package.finish(folder, f"A program for the GPU of a phone: {self.platform}", package.LEAD, files, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +172,9 @@ def refuse_doubles(source: str) -> None:
             raise UserError(what, hint=_INSTEAD)
 
 
-def _launched(plan: Plan, launches: Iterable[Any]) -> Plan:
+def _launched(plan: Plan, launches: Sequence[Launch]) -> Plan:
     """``plan`` with a step for each launch."""
-    held = list(launches)
-    kernels = list(dict.fromkeys(launch.kernel for launch in held))
+    kernels = list(dict.fromkeys(launch.kernel for launch in launches))
     steps = [
         Step(
             kernels.index(launch.kernel),
@@ -183,6 +182,6 @@ def _launched(plan: Plan, launches: Iterable[Any]) -> Plan:
             launch.grid,
             launch.block,
         )
-        for launch in held
+        for launch in launches
     ]
     return dataclasses.replace(plan, kernels=kernels, steps=steps)

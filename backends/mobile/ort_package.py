@@ -69,9 +69,7 @@ class OrtPackage:
                              "manifest.json (`device`) has the difference, and what is said of NNAPI and CoreML"],
         }  # fmt: skip
         lead = f"For ONNX Runtime {words['version']} or newer, on any processor that it supports."
-        text = package.page(f"A program for {self.platform}", lead, _FILES, notes)
-        (folder / package.PAGE).write_text(text, encoding="utf-8")
-        package.write_sums(folder)
+        package.finish(folder, f"A program for {self.platform}", lead, _FILES, notes)
 
     def open(self, folder: Path) -> Program:
         return open_program(folder)

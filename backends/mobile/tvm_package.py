@@ -134,10 +134,7 @@ class TvmPackage:
                 f"not run: {UNBUILT[self.platform]}",
             ],
         }
-        lead = "The first three files are the program. Sizes and digests of all are in SHA256SUMS and manifest.json."
-        text = package.page(f"A program for {self.platform}", lead, files, notes)
-        (folder / package.PAGE).write_text(text, encoding="utf-8")
-        package.write_sums(folder)
+        package.finish(folder, f"A program for {self.platform}", package.LEAD, files, notes)
 
 
 _COMMANDS = {

@@ -99,7 +99,7 @@ def learn(
     start: the error of the parameters as they come, where it is known from an ``Outcome`` before
     """
     device = device or best_device()
-    with _deterministic(device):
+    with _deterministic(device), _products(coarse=plan.coarse):
         return _Loop(change, run, groups, examples, plan, label, device, start).learn()
 
 
@@ -133,8 +133,7 @@ class _Loop:
         with progress.step(self._label, steps) as advance:
             for epoch in range(self._plan.epochs):
                 numbers = order.permutation(len(self._examples)).tolist()
-                with _products(coarse=self._plan.coarse):
-                    trouble = self._epoch(optimiser, epoch, numbers, advance)
+                trouble = self._epoch(optimiser, epoch, numbers, advance)
                 if (epoch + 1) % max(1, self._plan.epochs // JUDGED) == 0 or epoch + 1 == self._plan.epochs:
                     trouble = trouble or self._judge()
                 if trouble:
@@ -218,7 +217,7 @@ class _Loop:
     def _error(self) -> float:
         """The objective over every example, or every second one of many; infinite where it is not finite."""
         judges = range(0, len(self._examples), 2 if len(self._examples) >= 2 * JUDGES else 1)
-        with torch.no_grad(), _products(coarse=self._plan.coarse):
+        with torch.no_grad():
             changed = self._change()
             found = [self._squares(changed, self._examples[number]) for number in judges]
         error = sum(total.item() for total, _ in found) / (max(sum(count for _, count in found), 1) * self._unit)

@@ -27,14 +27,15 @@ def rewrite(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unre
 
     In rounds: the shapes behind an operator that inference does not know are seen once it is taken apart.
     """
-    total, count, left = 0, 1, [match.Unrecognised(node, "") for node in model.graph if _rule(node) is not None]
-    while count and left:
+    total = 0
+    while True:
         count, left = _round(model, workspace)
         total += count
         if count:
             common.RemoveUnusedNodesPass()(model)
             common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    return total, left
+        if not (count and left):
+            return total, left
 
 
 def _round(model: ir.Model, workspace: Workspace) -> tuple[int, list[match.Unrecognised]]:
