@@ -23,7 +23,7 @@ _KINDS = {
     "float32": "float", "float64": "double", "float16": "float16", "int64": "int64", "int32": "int32", "int8": "int8",
     "uint8": "uint8", "bool": "bool",
 }  # fmt: skip
-
+_ELSEWHERE = "was it compiled for this machine? `qcompile targets` says what runs here"
 _ONNX = {"float32": "FLOAT", "float64": "DOUBLE"}
 
 
@@ -161,15 +161,18 @@ class Session(Ports):
             self._machine = relax.VirtualMachine(library, self._device)
         except Exception as error:  # a library for another processor, a runtime that is not in this TVM
             what = f"TVM cannot load '{folder / LIBRARY}': {str(error).strip().splitlines()[-1][:300]}"
-            hint = "was it compiled for this machine? `qcompile targets` says what runs here"
-            raise UserError(what, hint=hint) from error
+            raise UserError(what, hint=_ELSEWHERE) from error
         tvm.get_global_func("runtime.config_threadpool")(1, threads or os.cpu_count() or 1)
         held = parameters.read(folder / PARAMETERS)
         self._parameters = [self._taken(held[name]) for name in described["parameters"]]
         self._run = self._machine["main"]
 
     def _made(self, given: list[Any]) -> Sequence[Any]:
-        found = self._run(*given, *self._parameters)
+        try:
+            found = self._run(*given, *self._parameters)
+        except Exception as error:  # an assertion of a kernel, memory
+            what = f"TVM cannot run the program: {str(error).strip().splitlines()[-1][:300]}"
+            raise UserError(what, hint=_ELSEWHERE) from error
         return [found] if len(self._outputs) == 1 else list(found)
 
     def _taken(self, array: np.ndarray) -> Any:

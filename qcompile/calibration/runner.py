@@ -129,6 +129,8 @@ def run_session(session: Any, names: Sequence[str] | None, feeds: Arrays) -> lis
     try:
         results: list[np.ndarray] = session.run(list(names) if names is not None else None, feeds)
         return results
+    except UserError:
+        raise  # of a session that is not ONNX Runtime's
     except Exception as error:
         hint = "do the inputs fit the model? Run the original in ONNX Runtime on the same data to see"
         raise UserError(f"ONNX Runtime cannot run the model: {_first_line(error)}", hint=hint) from error

@@ -14,8 +14,9 @@ import pytest
 import qcompile
 from qcompile import backends, cli
 from qcompile.backends import legality
-from qcompile.backends.base import open_program
+from qcompile.backends.base import open_program, open_session
 from qcompile.backends.tvm import parameters, require
+from qcompile.calibration.runner import run_session
 from qcompile.errors import UserError
 from qcompile.generation import Decoder
 from qcompile.models.architectures import cached_export
@@ -78,6 +79,18 @@ def test_a_wrong_input_is_named(folder: Path) -> None:
         program({"input_ids": feeds["input_ids"]})
     with pytest.raises(UserError, match="float32"):
         program({**feeds, "input_ids": feeds["input_ids"].astype(np.float32)})
+
+
+def test_what_fails_while_it_runs_is_said_of_tvm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(folder)
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("first line\nAMX tiles are refused here")
+
+    monkeypatch.setattr(session, "_run", refused)
+    with pytest.raises(UserError, match="TVM cannot run the program: AMX tiles are refused here") as raised:
+        run_session(session, None, texts(1, 9))
+    assert raised.value.hint and "this machine" in raised.value.hint
 
 
 def test_what_would_be_read_beyond_a_table_is_refused_and_verify_asks_for_none(tmp_path: Path) -> None:

@@ -334,3 +334,9 @@ def test_bench_takes_turns_and_shows_the_bound(
     shown = capsys.readouterr().out
     assert "original" in shown and "compiled" in shown
     assert "bound, float32 linears" in shown and "bound, int8 linears" in shown
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "qcompile", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qcompile")
