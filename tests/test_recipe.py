@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qcompile import backends
-from qcompile.driver import expand
 from qcompile.errors import UserError
+from qcompile.planning import expand
 from qcompile.quant.schemes import ActivationScheme
 from qcompile.recipe import RECIPES, Recipe, Rule, by_name, load
 

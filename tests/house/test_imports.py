@@ -20,9 +20,9 @@ LAYERS: list[set[str]] = [
     {"block", "calibration", "capture", "instruments", "integer", "proof", "training"},
     {"passes"},
     {"backends", "models"},
-    {"acceptance", "intake", "publish", "report", "reporting"},
+    {"acceptance", "intake", "planning", "publish", "report", "reporting"},
     {"driver", "generation", "roofline", "verification"},
-    {"cli", "commands"},
+    {"__main__", "cli", "commands"},
 ]
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 

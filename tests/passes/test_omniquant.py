@@ -9,9 +9,9 @@ import pytest
 
 from qcompile import backends
 from qcompile.block import learned
-from qcompile.driver import expand
 from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
+from qcompile.planning import expand
 from qcompile.recipe import by_name
 from tests.passes.planted import bench
 from tests.passes.test_quantise import check_codes_reach_the_program

@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import qcompile
-from qcompile import driver, manifest, publish, recipe
+from qcompile import manifest, planning, publish, recipe
 from qcompile.calibration.samples import proof_samples
 from qcompile.errors import GateError, UserError
 from qcompile.pipeline import IrPass
@@ -32,7 +32,7 @@ def compile_float(model: Any, **options: Any) -> qcompile.CompiledModel:
 
 
 def names(passes: Any, recipe_name: str) -> list[str]:
-    return [p.name for p in driver.expand(passes, recipe.by_name(recipe_name), Plain())]
+    return [p.name for p in planning.expand(passes, recipe.by_name(recipe_name), Plain())]
 
 
 @pytest.fixture
