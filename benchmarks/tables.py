@@ -236,7 +236,15 @@ def _target_line(row: Row) -> Sequence[str]:
     kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
     found = "; ".join(_stage(name, stage) for name, stage in row["compared"].items())
     share = f"{row['low_bit']} / {sum(row['kernels'].values())}"
-    return *named, *cost, f"{row['mb']:.1f}", share, kernels, found or f"not compared: {row['error']}"
+    return *named, *cost, f"{row['mb']:.1f}", share, kernels, found or _checked(row)
+
+
+def _checked(row: Row) -> str:
+    """What the compiler itself saw of a program for a machine that is not here."""
+    if not row.get("run"):
+        return f"not compared: {row['error']}"
+    ours, theirs = row["sqnr_db"]
+    return f"not run here; {row['run'][0]}: {ours:.1f} dB from the float model, `cpu` {theirs:.1f}"
 
 
 def _stage(name: str, stage: Row) -> str:

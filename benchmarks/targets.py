@@ -5,7 +5,8 @@
 
 Each row is compiled by the command line in a process of its own, and again for `cpu`, which ONNX Runtime runs. MiniLM
 reads sentences in padded batches; SmolLM2, exported with its cache, reads --context tokens at once and then --tokens
-more, one at a time. Programs that --programs already holds are not made again. What fails is a row too.
+more, one at a time. Programs that --programs already holds are not made again. What fails is a row too. A program for a
+machine that is not here has the compiler's own figure: of its stand-in against the float model, as in the report.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def compiled(wanted: options.Wanted, model: str, onnx: Path, folder: Path, calib
     return out, done
 
 
-def row(wanted: options.Wanted, model: str, out: Path, done: Finished, compared: Finished) -> dict[str, Any]:
-    """A row of the table."""
+def row(
+    wanted: options.Wanted, model: str, out: Path, reference: Path, done: Finished, compared: Finished
+) -> dict[str, Any]:
+    """A row of the table. ``reference``: the program for `cpu`."""
     made: dict[str, Any] = {
         "key": f"{model} {wanted.name} {wanted.target}",
         "model": model,
@@ -56,11 +59,19 @@ def row(wanted: options.Wanted, model: str, out: Path, done: Finished, compared:
         "load": options.load(),
     }
     if not done.error:
-        record = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        record = _manifest(out)
         made["mb"] = record["sizes"]["after"] / 1e6
         made["kernels"] = dict(sorted(Counter(kernel["kernel"] for kernel in record["kernels"]).items()))
         made["low_bit"] = sum(kernel["low_bit"] for kernel in record["kernels"])
+        if "device" in record and reference.is_dir():
+            made["run"] = record["device"]["run"]
+            made["sqnr_db"] = [found["end_to_end"]["sqnr_db"] for found in (record, _manifest(reference))]
     return made
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 compared = Finished({}, 0.0, None, error=done.error or referred.error)
                 if not compared.error:
                     compared = run_job("compare", program=out, reference=reference, **asked)
-                results.add(row(wanted, given.model, out, done, compared))
+                results.add(row(wanted, given.model, out, reference, done, compared))
     print(results.markdown())
 
 
