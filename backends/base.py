@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile import manifest
 from qcompile.errors import UserError
-from qcompile.ledger import Preserves
+from qcompile.ledger import LOWERING, Preserves
 from qcompile.pipeline import Arrays, Context, Pass, Target
 
 Program = Callable[[Arrays], Arrays]
@@ -71,7 +71,7 @@ def device_facts(backend: Backend, folder: Path, feeds: Iterable[Arrays]) -> dic
 class Lower(Pass):
     """The lowering of a backend as a step of the pipeline."""
 
-    name: ClassVar[str] = "lower"
+    name: ClassVar[str] = LOWERING
     preserves: ClassVar[Preserves] = "approximation"
     backend: Backend
 

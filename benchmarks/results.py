@@ -13,6 +13,7 @@ from qcompile.manifest import installed
 
 Row = dict[str, Any]
 _SETTINGS = ("kind", "model", "limit", "threads", "samples", "passes", "context", "tokens", "windows", "machine")
+_TIMED = ("speed", "decode", "kernels", "integer_operators", "cost")  # kinds whose rows must be of one machine
 _PACKAGES = ("onnxruntime", "onnx", "onnxsim", "numpy")
 
 
@@ -26,11 +27,11 @@ class Results:
         self._rows: list[Row] = []
         if self._path.is_file():
             kept = json.loads(self._path.read_text(encoding="utf-8"))
-            self._rows = kept["rows"] if _comparable(kept, self._about) else []
+            self._rows = [{"machine": kept["machine"], **row} for row in kept["rows"] if _comparable(kept, self._about)]
 
     def add(self, row: Row) -> None:
         """Add a row and write both files anew, so that an interrupted run keeps what it measured."""
-        row = row | {"command": self._command}
+        row = row | {"command": self._command, "machine": self._about["machine"]}
         same = [index for index, other in enumerate(self._rows) if other["key"] == row["key"]]
         if same:
             self._rows[same[0]] = row
@@ -50,7 +51,8 @@ class Results:
 
 def _comparable(kept: dict[str, Any], about: dict[str, Any]) -> bool:
     """Whether rows of both may stand in one table."""
-    return all(kept.get(key) == about.get(key) for key in _SETTINGS)
+    settings = (key for key in _SETTINGS if key != "machine" or about["kind"] in _TIMED)
+    return all(kept.get(key) == about.get(key) for key in settings)
 
 
 def machine() -> str:

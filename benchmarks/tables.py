@@ -42,7 +42,28 @@ def render(result: Mapping[str, Any]) -> str:
     }[result["kind"]]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commands = dict.fromkeys(f"`{row['command']}`" for row in result["rows"])
-    return f"{draw(result)}\n\n{result['machine']}; {versions}. {', '.join(commands)}"
+    return f"{draw(result)}\n\n{_machines(result)}; {versions}. {', '.join(commands)}"
+
+
+def _machines(result: Mapping[str, Any]) -> str:
+    """Where the rows were measured: the rows of each machine by their place, where there is more than one."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(result["rows"], 1):
+        places[row.get("machine", result["machine"])].append(place)
+    if len(places) < 2:
+        return next(iter(places), result["machine"])
+    return "; ".join(f"rows {_spans(rows)}: {machine}" for machine, rows in places.items())
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers as spans: 1-3, 5."""
+    spans: list[list[int]] = []
+    for one in numbers:
+        if spans and one == spans[-1][1] + 1:
+            spans[-1][1] = one
+        else:
+            spans.append([one, one])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def accuracy(result: Mapping[str, Any]) -> str:

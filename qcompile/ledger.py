@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 Preserves = Literal["function", "approximation", "analysis"]
+LOWERING = "lower"  # the step of a backend
 
 
 @dataclasses.dataclass(frozen=True)

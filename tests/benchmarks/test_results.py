@@ -182,3 +182,23 @@ def test_programs_of_targets_stand_beside_the_cpu_program() -> None:
     assert "| 80 | 120 | 1,500 | 90.0 | 1 / 2 | 1 matmul_w4a8, 1 Attention |" in text
     assert "| prefill: 4 / 3, 66.7 %; decode: the same bits |" in text
     assert "| `ios` |  | 120 |  |  |  |  | no result: no linker |" in text
+
+
+def test_scores_of_two_machines_share_a_table_and_say_so_but_times_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "render", lambda result: "")
+    found = {}
+    for kind in ("accuracy", "decode"):
+        for machine, keys in (("first", "abc"), ("second", "bd")):
+            monkeypatch.setattr("benchmarks.results.machine", lambda machine=machine: machine)
+            held = Results(tmp_path / kind, kind, command="run")
+            for key in keys:
+                held.add({"key": key})
+        found[kind] = {row["key"]: row["machine"] for row in held.as_dict()["rows"]}
+    assert found["accuracy"] == {"a": "first", "b": "second", "c": "first", "d": "second"}
+    assert found["decode"] == {"b": "second", "d": "second"}
+    monkeypatch.undo()
+    rows = [measured(key) | {"command": "run", "machine": where} for key, where in found["accuracy"].items()]
+    about = {"kind": "accuracy", "metric": "score", "digits": 2, "limit": None, "machine": "second", "versions": {}}
+    assert "rows 1, 3: first; rows 2, 4: second; . `run`" in tables.render(about | {"rows": rows})

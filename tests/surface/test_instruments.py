@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 import qcompile
+from qcompile.calibration.runner import OrtRunner
 from qcompile.errors import ContractError, UserError
 from qcompile.instruments import LOST_DB, Difference
 from qcompile.ledger import Preserves
@@ -146,6 +147,22 @@ def test_an_exception_inside_a_user_pass_names_it(model: Path) -> None:
 
     with pytest.raises(UserError, match="pass 'stumble' failed: ValueError: no such thing"):
         compiled(model, stumble)
+
+
+def test_a_lowering_that_changes_nothing_is_not_run_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    run = OrtRunner.opened
+
+    def counted(*given: Any) -> Any:
+        opened.append(1)
+        return run(*given)
+
+    monkeypatch.setattr(OrtRunner, "opened", counted)
+    with compiled(model, Honest(factor=1.5)) as program:
+        lower = program.manifest["passes"][-1]
+    assert lower["name"] == "lower" and lower["proof"]["max_abs"] == 0
+    assert len(opened) == 3  # as captured, after the canonical form, after the pass
+    assert program.manifest["end_to_end"]["max_abs"] > 0
 
 
 def test_dump_numbers_the_model_after_each_pass(model: Path, tmp_path: Path) -> None:
