@@ -57,6 +57,13 @@ def spelled(backend: Any) -> str:
     return f"{backend.name}{{{' '.join(chosen)}}}" if chosen else str(backend.name)
 
 
+def check_ready(backend: Any) -> None:
+    """UserError where a tool that ``backend`` compiles with is missing: rather now than after the search for ranges."""
+    ready = getattr(backend, "ready", None)
+    if ready is not None:
+        ready()
+
+
 def device_facts(backend: Backend, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any] | None:
     """What a backend for another machine knows of its package: None where the program runs on this one.
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile import backends, manifest, report
 from qcompile import recipe as recipes
 from qcompile.acceptance import check
-from qcompile.backends.base import Backend, Lower, device_facts, open_program
+from qcompile.backends.base import Backend, Lower, check_ready, device_facts, open_program
 from qcompile.calibration import text
 from qcompile.calibration.library import LIBRARY
 from qcompile.environment import warn_of_saturation
@@ -127,6 +127,7 @@ def compile(
     settings = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     backend = backends.by_name(target)
     check_legal(settings, backend)
+    check_ready(backend)
     pipeline = expand(passes, settings, backend, strict)
     if settings.name == "auto" and max_drop is None:
         max_drop = AUTO_MAX_DROP

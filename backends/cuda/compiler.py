@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcompile.backends.cuda.toolkit import NVCC_HINT, find_nvcc
 from qcompile.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def compile_source(source: str, architecture: str, folder: Path) -> dict[str, Re
     """Write ``program.cu``, ``program.ptx`` and ``program.cubin`` into ``folder``; what each kernel takes."""
     from qcompile.backends.tvm.kernels.cuda import build
 
-    nvcc, said = build.find_nvcc(), ""
+    nvcc, said = find_nvcc(), ""
     with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
         place = Path(scratch)
         (place / SOURCE).write_text(source, encoding="utf-8")
@@ -33,7 +34,7 @@ def compile_source(source: str, architecture: str, folder: Path) -> dict[str, Re
             said = done.stderr + done.stdout
             if done.returncode:
                 lines = [one for one in said.splitlines() if "error" in one or "fatal" in one] or ["no reason given"]
-                raise UserError(f"nvcc cannot compile {made_of}: {lines[0][:300]}", hint=build.NVCC_HINT)
+                raise UserError(f"nvcc cannot compile {made_of}: {lines[0][:300]}", hint=NVCC_HINT)
         for name in (SOURCE, PTX, CUBIN):
             shutil.copyfile(place / name, folder / name)
     return build.resources(said)

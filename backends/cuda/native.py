@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import onnx_ir as ir
-
 from qcompile.backends.cuda import compiler
+from qcompile.backends.cuda.toolkit import find_nvcc
 from qcompile.backends.gpu.target import KERNELS, STAND_IN, GpuTarget
-from qcompile.pipeline import Arrays, Context
+from qcompile.pipeline import Arrays
 
 
 class Native(GpuTarget):
@@ -32,11 +31,9 @@ class Native(GpuTarget):
     def kind(self) -> dict[str, str]:
         return {"kind": self.name, "arch": self.arch}
 
-    def lower(self, model: ir.Model, ctx: Context) -> int:
-        from qcompile.backends.tvm.kernels.cuda.build import find_nvcc
-
-        find_nvcc()  # rather now than after the search for ranges
-        return super().lower(model, ctx)
+    def ready(self) -> None:
+        super().ready()
+        find_nvcc()
 
     def write_source(self, source: str, folder: Path) -> None:
         from qcompile.backends.gpu import package

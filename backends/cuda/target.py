@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel, Program, spelled
+from qcompile.backends.base import Kernel, Program, check_ready, spelled
 from qcompile.backends.cuda.native import Native
 from qcompile.backends.cuda.ort import Ort
 from qcompile.pipeline import Arrays, Context, Target
@@ -42,6 +42,9 @@ class Cuda:
         return Target(
             name=spelled(self), backend=self.runtime, description=self.route.description, kernels=self.route.kernels
         )
+
+    def ready(self) -> None:
+        check_ready(self.route)
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         return self.route.lower(model, ctx)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qcompile.backends.base import Kernel, Program, open_program, spelled
 from qcompile.backends.gpu.program import PARAMETERS
-from qcompile.backends.tvm.require import require_translation
+from qcompile.backends.tvm.require import check_installed, require_translation
 from qcompile.pipeline import Context, Target
 
 KERNELS = ("integer_linear", "weight_only_linear")
@@ -45,6 +45,10 @@ class GpuTarget(abc.ABC):
     def held(self) -> dict[str, Any]:
         """What is known only while a package is made: ``model``, what was ``written``, and what targets put there."""
         return {}
+
+    def ready(self) -> None:
+        """UserError where a tool is missing."""
+        check_installed()
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         return require_translation(model)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile.backends.base import Kernel, Program, spelled
+from qcompile.backends.base import Kernel, Program, check_ready, spelled
 from qcompile.backends.mobile.gpu_package import MetalPackage, OpenClPackage
 from qcompile.backends.mobile.ort_package import OrtPackage
 from qcompile.backends.mobile.tvm_package import TvmPackage
@@ -50,6 +50,9 @@ class _Phone:
             description=f"a folder for {self.name} apps: program, parameters, sample projects, checksums",
             kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits") if ort else of_gpu,
         )
+
+    def ready(self) -> None:
+        check_ready(self.route)
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         return self.route.lower(model, ctx)

@@ -20,7 +20,7 @@ from qcompile.backends.base import Kernel, Program
 from qcompile.backends.mobile import apple, headers
 from qcompile.backends.mobile import folder as package
 from qcompile.backends.mobile.link import ANDROID, IOS, System, find_linker
-from qcompile.backends.tvm.require import require_translation
+from qcompile.backends.tvm.require import check_installed, require_translation
 from qcompile.pipeline import Arrays, Context
 
 PLAN, PARAMETERS = "program.plan", "program.parameters"
@@ -59,8 +59,11 @@ class TvmPackage:
     def system(self) -> System:
         return (ANDROID if self.platform == "android" else IOS)[self.arch]
 
+    def ready(self) -> None:
+        check_installed()
+        find_linker("ld64.lld" if self.system.platform else "ld.lld")
+
     def lower(self, model: ir.Model, ctx: Context) -> int:
-        find_linker("ld64.lld" if self.system.platform else "ld.lld")  # rather now than after the search for ranges
         return require_translation(model)
 
     def kernels_of(self, model: Path) -> list[Kernel]:

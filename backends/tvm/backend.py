@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from qcompile.backends.base import Kernel, spelled
-from qcompile.backends.tvm.require import require_translation, require_tvm
+from qcompile.backends.tvm.require import check_installed, require_translation, require_tvm
 from qcompile.errors import UserError
 from qcompile.pipeline import Context, Target
 
@@ -41,6 +41,9 @@ class TvmLlvm:
             description="TVM, machine code for CPUs: one library that TVM's runtime loads",
             kernels=(*KERNELS, "integer_linear", "weight_only_linear"),
         )
+
+    def ready(self) -> None:
+        check_installed()
 
     def lower(self, model: ir.Model, ctx: Context) -> int:
         require_tvm()

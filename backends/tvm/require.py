@@ -20,10 +20,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("tvm") is not None
 
 
-def require_tvm() -> ModuleType:
-    """The module ``tvm``; UserError where it is absent or does not load."""
+def check_installed() -> None:
+    """UserError where there is no TVM; it is not imported."""
     if not is_installed():
         raise UserError("this target needs TVM, which is not installed", hint=INSTALL)
+
+
+def require_tvm() -> ModuleType:
+    """The module ``tvm``; UserError where it is absent or does not load."""
+    check_installed()
     try:
         return importlib.import_module("tvm")
     except Exception as error:  # a library that does not load raises what it likes

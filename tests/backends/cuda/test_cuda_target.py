@@ -15,9 +15,8 @@ pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-n
 
 import qcompile
 from qcompile import backends, cli
-from qcompile.backends.cuda import driver
+from qcompile.backends.cuda import driver, toolkit
 from qcompile.backends.gpu.program import Session, opened
-from qcompile.backends.tvm.kernels.cuda import build
 from qcompile.errors import UserError
 from qcompile.models.architectures import cached_export
 from qcompile.pipeline import Arrays
@@ -103,7 +102,8 @@ def test_without_a_gpu_run_and_verify_name_it(
 
 def test_a_machine_without_nvcc_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(build, "_installed", lambda tool: iter(()))
+    monkeypatch.setattr(toolkit, "installed", lambda tool: iter(()))
+    monkeypatch.setattr("qcompile.driver.take", None)
     with pytest.raises(UserError, match="no nvcc") as caught:
         qcompile.compile(cached_export("bert"), recipe="w8a8_static", target="cuda", max_samples=2, max_length=16)
     assert str(caught.value.hint).startswith("pip install nvidia-cuda-nvcc")
@@ -126,4 +126,4 @@ def test_nvcc_of_pip_is_found_where_none_is_on_path(tmp_path: Path, monkeypatch:
     tool.write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert build.find_nvcc() == str(tool)
+    assert toolkit.find_nvcc() == str(tool)

@@ -113,5 +113,6 @@ def test_a_missing_linker_is_told_before_the_work(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(link, "find_linker", missing)
     monkeypatch.setattr("qcompile.backends.mobile.tvm_package.find_linker", missing)
+    monkeypatch.setattr("qcompile.driver.take", None)
     with pytest.raises(UserError, match=r"no ld\.lld"):
         qcompile.compile(cached_export("llama"), recipe="w4a16_g32", target="android", max_samples=2, max_length=16)

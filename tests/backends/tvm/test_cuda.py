@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-nn[tvm]"')
 
+from qcompile.backends.cuda.toolkit import find_nvcc
 from qcompile.backends.tvm.kernels import reference
 from qcompile.backends.tvm.kernels.cuda import build, layout
 from qcompile.backends.tvm.kernels.cuda.products import Kernel, Product, library
@@ -124,7 +125,7 @@ NEEDED_PTX = {
 )
 def test_the_compiled_kernels_use_what_they_are_written_for(product: Product, architecture: str) -> None:
     try:
-        build.find_nvcc()
+        find_nvcc()
     except UserError as error:
         pytest.skip(str(error))
     ptx, _ = build.compile_product(product, architecture, "ptx")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from qcompile.backends.cuda.toolkit import NVCC_HINT, find_nvcc, installed
 from qcompile.backends.tvm.kernels.cuda.products import Product, library
 from qcompile.errors import UserError
 
 ARCHITECTURES = ("sm_80", "sm_90")
 Format = Literal["ptx", "cubin", "fatbin"]
-NVCC_HINT = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
 DISASSEMBLER_HINT = "pip install nvidia-cuda-nvdisasm"
 _USED = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) "
                    r"registers(?:[^\n]*?(\d+) bytes smem)?", re.DOTALL)  # fmt: skip
@@ -30,21 +28,6 @@ class Resources:
     registers: int
     shared: int
     spilled: int
-
-
-def find_nvcc() -> str:
-    """nvcc on PATH or as pip installs it; UserError where there is none."""
-    found = shutil.which("nvcc") or next(_installed("nvcc"), None)
-    if found is None:
-        raise UserError("there is no nvcc, on PATH or from pip", where="CUDA", hint=NVCC_HINT)
-    return found
-
-
-def _installed(tool: str) -> Iterator[str]:
-    """Where pip's packages of CUDA have ``tool``."""
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        yield from map(str, sorted(Path(place).glob(f"*/bin/{tool}"), reverse=True))
 
 
 def compiler_version() -> str:
@@ -92,7 +75,7 @@ def resources(said: str) -> dict[str, Resources]:
 
 def machine_code(cubin: bytes) -> dict[str, list[str]]:
     """The instructions of each kernel, without operands; UserError where there is no disassembler."""
-    tool = shutil.which("nvdisasm") or next(_installed("nvdisasm"), None)
+    tool = shutil.which("nvdisasm") or next(installed("nvdisasm"), None)
     if tool is None:
         raise UserError("there is no nvdisasm to read machine code with", where="kernels", hint=DISASSEMBLER_HINT)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
