@@ -68,7 +68,8 @@ class Awq(Transform):
     ) -> Iterator[tuple[Site, Found]]:
         for site, objective in objectives(ctx, model, sites, self.tokens):
             rule = ctx.recipe.for_linear(site.linears[0])
-            objective.weights = rule.weights if rule is not None else None  # with the clip that the program will have
+            objective.weights = rule.weights if rule is not None else None
+            objective.by_energy = True  # with the clip that the program will have
             yield site, self._search(site, objective)
 
     def _search(self, site: Site, objective: Objective) -> Found:

@@ -152,7 +152,8 @@ class Objective:
 
     ``x``: the linears' input for each search sequence, shapes (..., channels); ``extra``: the region's other
     inputs for each sequence, as the graph gave them; ``masks``: (tokens,), which tokens are real (None: all).
-    ``relative`` weights each token's error by its own size (the paper sums absolute errors).
+    ``relative`` weights each token's error by its own size (the paper sums absolute errors). ``by_energy`` weights the
+    rows of W where their clip is searched, as ``quantise`` does.
     """
 
     linears: tuple[Linear, ...]
@@ -163,6 +164,7 @@ class Objective:
     extra: list[dict[str, np.ndarray]]
     masks: list[np.ndarray | None]
     relative: bool = True
+    by_energy: bool = False
 
     def __post_init__(self) -> None:
         steps = [1 if self.region is not None else -(-linear.columns // MOST_COLUMNS) for linear in self.linears]
@@ -200,7 +202,7 @@ class Objective:
 
     def _error(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray, limits: tuple[float, float] | None) -> float:
         if self.weights is not None:
-            w = fake_quantize_weight(w, self.weights)
+            w = fake_quantize_weight(w, self.weights, self._energy(x) if self.by_energy else None)
         x = self._quantized(x, limits)
         total = 0.0
         for index, results in enumerate(self._through(matmul(x, w) + bias)):
@@ -212,13 +214,21 @@ class Objective:
 
     def energy(self, shift: np.ndarray) -> np.ndarray:
         """Root mean square of every channel of x - shift, tokens brought to length one: (channels,)."""
-        root: np.ndarray = np.sqrt(np.square(self.unit_rows(shift)).mean(axis=0))
+        root: np.ndarray = np.sqrt(self._energy(self._x - shift))
         return root
 
     def unit_rows(self, shift: np.ndarray | float = 0.0) -> np.ndarray:
         """x - shift for all real tokens, each brought to length one: (tokens, channels)."""
-        x: np.ndarray = self._x - shift
-        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-20)
+        return self._unit(self._x - shift)
+
+    def _energy(self, x: np.ndarray) -> np.ndarray:
+        """Mean square of every channel of x, tokens brought to length one, as ``ChannelEnergy`` has it."""
+        mean: np.ndarray = np.square(self._unit(x)).mean(axis=0)
+        return mean
+
+    def _unit(self, x: np.ndarray) -> np.ndarray:
+        """The real tokens of x, each brought to length one."""
+        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-20)
         if any(mask is not None for mask in self.masks):
             sizes = [int(np.prod(shape)) for shape in self._shapes]
             x = x[

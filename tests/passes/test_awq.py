@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from qcompile.calibration import objective
+from qcompile.calibration.ranges import calibrate
+from qcompile.graph.linears import find_linears
 from qcompile.models.architectures import cached_export
 from qcompile.passes.awq import awq_scale
+from qcompile.quant.numerics import fake_quantize_weight
+from qcompile.quant.schemes import WeightScheme
 from qcompile.recipe import load
 from tests.passes.planted import bench, difference, inputs, normed, outlier_norm
 from tests.passes.test_os_plus import TOLERANCE
@@ -31,6 +38,25 @@ def test_rounding_hurts_less_after_it() -> None:
                 found.run(one)
             errors[passes[0]] = float(np.square(found.outputs()[0] - before[0]).mean())
     assert errors["awq"] < 0.8 * errors["rtn"], errors
+
+
+def test_the_search_clips_as_quantise_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the energy of the inputs as the scale leaves them."""
+    energies: list[Any] = []
+
+    def recorded(w: np.ndarray, scheme: WeightScheme, energy: np.ndarray | None = None) -> np.ndarray:
+        energies.append(energy)
+        return fake_quantize_weight(w, scheme, energy)
+
+    monkeypatch.setattr(objective, "fake_quantize_weight", recorded)
+    with bench(normed(*outlier_norm()), inputs(), "w3a16_g32") as found:
+        linear = find_linears(found.model.graph)[0]
+        plain: Any = calibrate(found.ctx, found.model, {}, [str(linear.x.name)]).energy(str(linear.x.name))
+        found.run("awq")
+        linear = find_linears(found.model.graph)[0]
+        scaled: Any = calibrate(found.ctx, found.model, {}, [str(linear.x.name)]).energy(str(linear.x.name))
+    np.testing.assert_allclose(energies[0], plain, rtol=1e-4)
+    assert any(np.allclose(energy, scaled, rtol=1e-4) for energy in energies[1:]) and not np.allclose(plain, scaled)
 
 
 def test_the_scale_is_a_power_around_one() -> None:
