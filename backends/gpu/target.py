@@ -67,13 +67,11 @@ class GpuTarget(abc.ABC):
 
     def open(self, folder: Path) -> Program:
         """The same translation, compiled for this machine's processor."""
-        from tvm import target
-
         from qcompile.backends.tvm import package
+        from qcompile.backends.tvm.kernels import native_target
 
         with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
-            machine = target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu()})
-            package.write(self.held["model"], Path(scratch), machine)
+            package.write(self.held["model"], Path(scratch), native_target())
             return open_program(Path(scratch))
 
     def shipped(self, folder: Path, *source: str) -> dict[str, Any]:

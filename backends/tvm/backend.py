@@ -66,9 +66,6 @@ class TvmLlvm:
         """What TVM compiles for."""
         from tvm import target
 
-        from qcompile.backends.tvm.kernels import host_target
+        from qcompile.backends.tvm.kernels import native_target
 
-        if self.mcpu != "native":
-            return target.Target({"kind": "llvm", "mcpu": self.mcpu})
-        units = {"mattr": held} if (held := host_target().attrs.get("mattr")) else {}  # LLVM may not know its name
-        return target.Target({"kind": "llvm", "mcpu": target.codegen.llvm_get_system_cpu(), **units})
+        return native_target() if self.mcpu == "native" else target.Target({"kind": "llvm", "mcpu": self.mcpu})

@@ -169,7 +169,11 @@ class Session(Ports):
         self._run = self._machine["main"]
 
     def _made(self, given: list[Any]) -> Sequence[Any]:
-        found = self._run(*given, *self._parameters)
+        try:
+            found = self._run(*given, *self._parameters)
+        except Exception as error:  # a processor without the units that the program was compiled for
+            what = f"TVM cannot run the program: {str(error).strip().splitlines()[-1][:300]}"
+            raise UserError(what, hint="compile it again on this machine, or with --target cpu") from error
         return [found] if len(self._outputs) == 1 else list(found)
 
     def _taken(self, array: np.ndarray) -> Any:

@@ -125,10 +125,12 @@ class OrtRunner:
 
 
 def run_session(session: Any, names: Sequence[str] | None, feeds: Arrays) -> list[np.ndarray]:
-    """Run ``session``; a failure inside onnxruntime becomes a UserError."""
+    """Run ``session``; a failure inside of onnxruntime becomes a UserError."""
     try:
         results: list[np.ndarray] = session.run(list(names) if names is not None else None, feeds)
         return results
+    except UserError:  # of a program that no ONNX Runtime runs
+        raise
     except Exception as error:
         hint = "do the inputs fit the model? Run the original in ONNX Runtime on the same data to see"
         raise UserError(f"ONNX Runtime cannot run the model: {_first_line(error)}", hint=hint) from error

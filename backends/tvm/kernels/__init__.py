@@ -9,7 +9,7 @@ from qcompile.backends.tvm.kernels.api import (
     pack_integer,
     pack_nbits,
 )
-from qcompile.backends.tvm.kernels.features import features, host_target
+from qcompile.backends.tvm.kernels.features import features, host_target, native_target
 
 __all__ = [
     "KERNELS",
@@ -19,6 +19,7 @@ __all__ = [
     "matmul_nbits",
     "matmul_nbits_int8",
     "matmul_w4a8",
+    "native_target",
     "pack_integer",
     "pack_nbits",
 ]

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any, Literal
 
-from tvm.target import Target
+from tvm.target import Target, codegen
 
 Unit = Literal["amx", "vnni", "sdot", "plain", "loops"]  # loops: no vectors, a GPU or C
 
@@ -38,19 +38,42 @@ def features(target: Any) -> Features:
     target = target if isinstance(target, Target) else Target(target)
     if target.kind.name != "llvm":
         return Features("loops", 1)
-    attributes = {str(name).lstrip("+") for name in target.attrs.get("mattr", None) or ()}
+    attributes = {str(name) for name in target.attrs.get("mattr", None) or ()}
     processor = str(target.attrs.get("mcpu", "") or "")
-    if "amx-int8" in attributes or processor in _PROCESSORS_WITH["amx"]:
+    if _has("amx-int8", attributes, processor, "amx"):
         return Features("amx", PANEL)
-    if "avx512vnni" in attributes or processor in _PROCESSORS_WITH["vnni"]:
+    if _has("avx512vnni", attributes, processor, "amx", "vnni"):
         return Features("vnni", PANEL)
-    if "dotprod" in attributes:
+    if "+dotprod" in attributes:
         return Features("sdot", 4)
     return Features("plain", PANEL)
 
 
+def _has(unit: str, attributes: set[str], processor: str, *kinds: str) -> bool:
+    """Whether ``unit`` is asked for, or comes with the ``processor`` and is not switched off."""
+    comes = any(processor in _PROCESSORS_WITH[kind] for kind in kinds)
+    return f"+{unit}" in attributes or (comes and f"-{unit}" not in attributes)
+
+
 def host_target() -> Target:
     """This machine, with the integer units that its processor reports."""
+    held = _units()
+    return Target({"kind": "llvm", "mattr": held} if held else "llvm")
+
+
+def native_target() -> Target:
+    """This machine as LLVM names its processor, less the units that the name promises and that are not here.
+
+    A virtual machine may hide them: Linux then refuses tiles, and other instructions end the process.
+    """
+    held, flags = _units(), _processor_flags()
+    if flags and platform.machine() in ("x86_64", "AMD64"):
+        held += [f"-{_FLAGS[flag][1:]}" for flag in ("amx_int8", "avx512_vnni") if flag not in flags]
+    units = {"mattr": held} if held else {}  # LLVM may not know the processor's name
+    return Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), **units})
+
+
+def _units() -> list[str]:
     flags = _processor_flags()
     found = [attribute for flag, attribute in _FLAGS.items() if flag in flags]
     if "+amx-int8" in found:
@@ -61,7 +84,7 @@ def host_target() -> Target:
         found = ["+avx2", "+fma"]
     if "+dotprod" in found:
         found += ["+neon"]
-    return Target({"kind": "llvm", "mattr": found} if found else "llvm")
+    return found
 
 
 def _processor_flags() -> set[str]:
