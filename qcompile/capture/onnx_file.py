@@ -162,16 +162,14 @@ def _normalise(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> None:
     """Shapes everywhere, shape arithmetic folded, nothing unused."""
     infer = onnx_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    lift = onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    fold = ir.passes.Sequential(lift, FoldSmallConstants(), lift)
+    lift(model)
+    sizes = [ForgetDoubtfulShapes(), infer, SolveReshapes(), infer]
+    while _changed(model, *sizes, FoldSizes()):  # a size may end a slice, whose size ends another
+        fold(model)
     for step in (
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        ForgetDoubtfulShapes(),
-        infer,
-        SolveReshapes(),
-        infer,
-        FoldSizes(),
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        FoldSmallConstants(),
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        fold,
         onnx_passes.IdentityEliminationPass(),
         onnx_passes.RemoveUnusedNodesPass(),
         onnx_passes.RemoveUnusedOpsetsPass(),
@@ -180,6 +178,11 @@ def _simplify(model: ir.Model) -> None:
         infer,
     ):
         step(model)
+
+
+def _changed(model: ir.Model, *steps: ir.passes.InPlacePass) -> bool:
+    """Whether the last of ``steps`` found anything."""
+    return [step(model).modified for step in steps][-1]
 
 
 def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:

@@ -130,14 +130,15 @@ def _gathered_size(node: ir.Node) -> np.ndarray | None:
 class SolveReshapes(ir.passes.InPlacePass):
     """Fill in the one size of a Reshape's result that inference leaves open: (B, S, C) -> (B, S, ?, d) has C / d.
 
-    Inference knows the number of heads only where B and S are numbers.
+    Inference knows the number of heads only where B and S are numbers. What a matrix (K, N) multiplies has K columns,
+    which tells the width of heads that are put together again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         solved = 0
         for node in model.graph:
             if node.domain == "" and node.op_type == "Reshape" and node.inputs[0] is not None:
-                shape = _solved(node.inputs[0].shape, node.outputs[0].shape)
+                shape = _solved(node.inputs[0].shape, node.outputs[0].shape) or _multiplied(node.outputs[0])
                 if shape is not None:
                     node.outputs[0].shape = shape
                     solved += 1
@@ -163,6 +164,18 @@ def _solved(before: ir.Shape | None, after: ir.Shape | None) -> ir.Shape | None:
     if rest:
         return None
     return ir.Shape([whole if axis == open_axes[0] else dim for axis, dim in enumerate(after)])
+
+
+def _multiplied(value: ir.Value) -> ir.Shape | None:
+    """The shape of ``value`` with its last size, where only the matrix that multiplies it tells that."""
+    if value.shape is None or not len(value.shape) or isinstance(value.shape[-1], int):
+        return None
+    for use in value.uses():
+        matrix = use.node.inputs[1] if use.node.op_type == "MatMul" and use.idx == 0 else None
+        weight = matrix.const_value if matrix is not None else None
+        if weight is not None and len(weight.shape) == 2:
+            return ir.Shape([*value.shape[:-1], weight.shape[0]])
+    return None
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str | None:

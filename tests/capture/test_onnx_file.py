@@ -192,6 +192,19 @@ def test_heads_and_halves_of_older_exports_are_numbers(stale: bool, workspace: W
     assert half.inputs[2].const_value.numpy() == [4]  # type: ignore[union-attr]
 
 
+def test_heads_that_are_joined_are_as_wide_as_the_matrix_behind_them(workspace: Workspace, tmp_path: Path) -> None:
+    """x.transpose(1, 2).reshape(batch, tokens, -1) @ w; nothing but w (12, 5) says how many channels there are."""
+    text = """<ir_version: 8, opset_import: ["": 17]> main (float[b, h, s, d] x) => (float[b, s, 5] y) {
+        t = Transpose <perm = [0, 2, 1, 3]> (x) r = Reshape(t, target) y = MatMul(r, w)
+    }"""
+    model = onnx.parser.parse_model(text)
+    constants = {"target": np.array([0, 0, -1]), "w": np.ones((12, 5), np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    joined = next(node for node in loaded.graph if node.op_type == "Reshape")
+    assert str(joined.outputs[0].shape) == "[b,s,12]"
+
+
 def test_functions_are_inlined(workspace: Workspace, tmp_path: Path) -> None:
     text = """<ir_version: 8, opset_import: ["": 18, "local": 1]>
     main (float[batch, 3, 40] x) => (float[batch, 3, 40] y) { y = local.twice(x) }
