@@ -213,7 +213,7 @@ def _multiplied(value: ir.Value) -> ir.Shape | None:
         matrix = use.node.inputs[1] if use.node.op_type == "MatMul" and use.idx == 0 else None
         weight = matrix.const_value if matrix is not None else None
         if weight is not None and len(weight.shape) == 2:
-            return ir.Shape([*value.shape[:-1], weight.shape[0]])
+            return ir.Shape([*value.shape[:-1], weight.shape.numpy()[0]])
     return None
 
 
