@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from qcompile import backends, cli
 from qcompile.backends import legality
 from qcompile.backends.base import open_program
 from qcompile.backends.tvm import parameters, require
+from qcompile.backends.tvm.program import Session
+from qcompile.calibration.runner import run_session
 from qcompile.errors import UserError
 from qcompile.generation import Decoder
 from qcompile.models.architectures import cached_export
@@ -78,6 +81,19 @@ def test_a_wrong_input_is_named(folder: Path) -> None:
         program({"input_ids": feeds["input_ids"]})
     with pytest.raises(UserError, match="float32"):
         program({**feeds, "input_ids": feeds["input_ids"].astype(np.float32)})
+
+
+def test_a_processor_that_refuses_the_program_is_told_as_such() -> None:
+    """Not as a failure of ONNX Runtime, which has no part in it."""
+
+    def refuse(*given: Any) -> None:
+        raise RuntimeError("AMX tiles are refused here")
+
+    session = object.__new__(Session)  # without the program that this machine could run
+    session.__dict__.update(_inputs=[], _outputs=[], _parameters=[], _run=refuse)
+    with pytest.raises(UserError, match=r"^TVM cannot run the program: AMX tiles are refused here") as error:
+        run_session(session, None, {})
+    assert "compile it again on this machine" in str(error.value.hint)
 
 
 def test_what_would_be_read_beyond_a_table_is_refused_and_verify_asks_for_none(tmp_path: Path) -> None:
