@@ -101,6 +101,8 @@ class Decoder:
         names = [self._logits, *self._presents.values()]
         try:
             logits, *present = self._session.run_with_ort_values(names, values)
+        except UserError:  # of a program that no ONNX Runtime runs
+            raise
         except Exception as error:  # onnxruntime raises its own unrelated types
             what = f"ONNX Runtime cannot run the model: {str(error).strip().splitlines()[0][:400]}"
             raise UserError(what, hint="is the text longer than the model has positions for?") from error

@@ -14,13 +14,21 @@ import onnx_ir as ir
 from onnx_ir.passes import common as onnx_passes
 
 from qcompile.capture.tensors import check_tensors, check_weights, inline_small
-from qcompile.capture.tidy import FoldSizes, FoldSmallConstants, ForgetDoubtfulShapes, RemoveDropout, SolveReshapes
+from qcompile.capture.tidy import (
+    FoldSizes,
+    FoldSmallConstants,
+    ForgetDoubtfulShapes,
+    RemoveDropout,
+    SolveBroadcasts,
+    SolveReshapes,
+)
 from qcompile.capture.widen import widen
 from qcompile.errors import UserError
 from qcompile.graph.convert import check_opset, to_canonical_opset
 from qcompile.graph.provenance import original_name, remember
 from qcompile.graph.workspace import Workspace
 
+_FINDS_SIZES = (SolveReshapes, SolveBroadcasts, FoldSizes)
 PROTOBUF_LIMIT = 2**31 - 1
 EXPORT_AGAIN = "export it again, and see what onnx.checker.check_model(path) says"
 
@@ -162,16 +170,14 @@ def _normalise(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> None:
     """Shapes everywhere, shape arithmetic folded, nothing unused."""
     infer = onnx_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
+    lift = onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    fold = ir.passes.Sequential(lift, FoldSmallConstants(), lift)
+    lift(model)
+    forget = ForgetDoubtfulShapes()
+    while _changed(model, forget, infer, SolveReshapes(), SolveBroadcasts(), forget, infer, FoldSizes()):
+        fold(model)  # a size may end a slice, whose size ends another
     for step in (
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        ForgetDoubtfulShapes(),
-        infer,
-        SolveReshapes(),
-        infer,
-        FoldSizes(),
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        FoldSmallConstants(),
-        onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        fold,
         onnx_passes.IdentityEliminationPass(),
         onnx_passes.RemoveUnusedNodesPass(),
         onnx_passes.RemoveUnusedOpsetsPass(),
@@ -180,6 +186,12 @@ def _simplify(model: ir.Model) -> None:
         infer,
     ):
         step(model)
+
+
+def _changed(model: ir.Model, *steps: ir.passes.InPlacePass) -> bool:
+    """Whether any of ``steps`` found a size."""
+    found = [step(model).modified for step in steps]
+    return any(new for step, new in zip(steps, found, strict=True) if isinstance(step, _FINDS_SIZES))
 
 
 def _restore(model: ir.Model, interface: tuple[list[Port], list[Port]]) -> None:

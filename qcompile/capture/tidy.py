@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 FOLD_ELEMENTS = 1024  # shape arithmetic and small masks; weights are never folded
 _GROWING = ("ConstantOfShape", "Expand", "Tile", "Range")
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where")
+_MADE_UP = "unk__"  # how the names begin that inference gives to sizes that it does not know
 
 
 class RemoveDropout(ir.passes.InPlacePass):
@@ -91,8 +93,8 @@ class ForgetDoubtfulShapes(ir.passes.InPlacePass):
                 value.shape = ir.Shape(value.const_value.shape.numpy())
                 forgotten += 1
         for value in (value for node in model.graph for value in node.outputs):
-            sizes = [None if str(_size(dim)).startswith("unk__") else dim for dim in value.shape or ()]
-            if None in sizes and not value.is_graph_output():
+            sizes = [None if _known(dim) is None else dim for dim in value.shape or ()]
+            if sizes != list(value.shape or ()) and not value.is_graph_output():
                 value.shape = ir.Shape(sizes)
                 forgotten += 1
         return ir.passes.PassResult(model, bool(forgotten))
@@ -130,14 +132,15 @@ def _gathered_size(node: ir.Node) -> np.ndarray | None:
 class SolveReshapes(ir.passes.InPlacePass):
     """Fill in the one size of a Reshape's result that inference leaves open: (B, S, C) -> (B, S, ?, d) has C / d.
 
-    Inference knows the number of heads only where B and S are numbers.
+    Inference knows the number of heads only where B and S are numbers. What a matrix (K, N) multiplies has K columns,
+    which tells the width of heads that are put together again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         solved = 0
         for node in model.graph:
             if node.domain == "" and node.op_type == "Reshape" and node.inputs[0] is not None:
-                shape = _solved(node.inputs[0].shape, node.outputs[0].shape)
+                shape = _solved(node.inputs[0].shape, node.outputs[0].shape) or _multiplied(node.outputs[0])
                 if shape is not None:
                     node.outputs[0].shape = shape
                     solved += 1
@@ -163,6 +166,55 @@ def _solved(before: ir.Shape | None, after: ir.Shape | None) -> ir.Shape | None:
     if rest:
         return None
     return ir.Shape([whole if axis == open_axes[0] else dim for axis, dim in enumerate(after)])
+
+
+class SolveBroadcasts(ir.passes.InPlacePass):
+    """Name the sizes that inference leaves open where an axis with a name meets one without.
+
+    (batch, H, sequence, d) cos (1, 1, ?, d): for texts of all lengths ? is 1 or ``sequence``, and so is the result.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        solved = 0
+        for node in model.graph:
+            if node.domain == "" and node.op_type in _BROADCASTING and node.outputs[0].shape is not None:
+                shape = _met(node.outputs[0].shape, [v.shape for v in node.inputs if v is not None])
+                if shape is not None:
+                    node.outputs[0].shape = shape
+                    solved += 1
+        return ir.passes.PassResult(model, bool(solved))
+
+
+def _met(after: ir.Shape, before: list[ir.Shape | None]) -> ir.Shape | None:
+    """``after`` with names on its open axes, where the operands have one name and no number but 1; None for no news."""
+    sizes = [_known(dim) for dim in after]
+    if None not in sizes or None in before:
+        return None
+    for axis, size in enumerate(sizes):
+        place = axis - len(sizes)
+        met = {_known(shape[place]) for shape in before if shape is not None and len(shape) >= -place}
+        names = met - {None, 1}
+        if size is None and len(names) == 1 and isinstance(name := names.pop(), str):
+            sizes[axis] = name
+    return ir.Shape(sizes) if any(s != _known(dim) for s, dim in zip(sizes, after, strict=True)) else None
+
+
+def _known(dim: int | ir.SymbolicDim) -> int | str | None:
+    """The size of ``dim``; None too where inference made up a name for it."""
+    size = _size(dim)
+    return None if str(size).startswith(_MADE_UP) else size
+
+
+def _multiplied(value: ir.Value) -> ir.Shape | None:
+    """The shape of ``value`` with its last size, where only the matrix that multiplies it tells that."""
+    if value.shape is None or not len(value.shape) or isinstance(value.shape[-1], int):
+        return None
+    for use in value.uses():
+        matrix = use.node.inputs[1] if use.node.op_type == "MatMul" and use.idx == 0 else None
+        weight = matrix.const_value if matrix is not None else None
+        if weight is not None and len(weight.shape) == 2:
+            return ir.Shape([*value.shape[:-1], weight.shape.numpy()[0]])
+    return None
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str | None:

@@ -192,6 +192,37 @@ def test_heads_and_halves_of_older_exports_are_numbers(stale: bool, workspace: W
     assert half.inputs[2].const_value.numpy() == [4]  # type: ignore[union-attr]
 
 
+def test_heads_that_are_joined_are_as_wide_as_the_matrix_behind_them(workspace: Workspace, tmp_path: Path) -> None:
+    """x.transpose(1, 2).reshape(batch, tokens, -1) @ w; nothing but w (12, 5) says how many channels there are."""
+    text = """<ir_version: 8, opset_import: ["": 17]> main (float[b, h, s, d] x) => (float[b, s, 5] y) {
+        t = Transpose <perm = [0, 2, 1, 3]> (x) r = Reshape(t, target) y = MatMul(r, w)
+    }"""
+    model = onnx.parser.parse_model(text)
+    constants = {"target": np.array([0, 0, -1]), "w": np.ones((12, 5), np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    joined = next(node for node in loaded.graph if node.op_type == "Reshape")
+    assert str(joined.outputs[0].shape) == "[b,s,12]"
+
+
+def test_an_axis_with_a_name_names_what_meets_it(workspace: Workspace, tmp_path: Path) -> None:
+    """x + cut, cut as long as nobody knows; heads joined by a Reshape that says only the sizes of that sum."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    main (float[batch, 3, tokens, 4] x, float[1, 1, n, 4] c, int64[1] end) => (float[b, s, 5] y) {
+        cut = Slice(c, zero, end, two) sum = Add(x, cut)
+        s = Shape(sum) b = Gather(s, zero) t = Gather(s, two) target = Concat <axis = 0> (b, minus, t, four)
+        same = Reshape(sum, target) turned = Transpose <perm = [0, 2, 1, 3]> (same)
+        rows = Concat <axis = 0> (b, t, minus) joined = Reshape(turned, rows) y = MatMul(joined, w)
+    }"""
+    model = onnx.parser.parse_model(text)
+    numbers = {"zero": [0], "two": [2], "four": [4], "minus": [-1]}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(n), name) for name, n in numbers.items())
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((12, 5), np.float32), "w"))
+    loaded = load_onnx(saved(model, tmp_path), workspace)
+    shapes = [str(node.outputs[0].shape) for node in loaded.graph if node.op_type in ("Add", "Reshape")]
+    assert shapes == ["[batch,3,tokens,4]", "[batch,3,tokens,4]", "[batch,tokens,12]"]
+
+
 def test_functions_are_inlined(workspace: Workspace, tmp_path: Path) -> None:
     text = """<ir_version: 8, opset_import: ["": 18, "local": 1]>
     main (float[batch, 3, 40] x) => (float[batch, 3, 40] y) { y = local.twice(x) }

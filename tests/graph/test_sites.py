@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from qcompile.graph.blocks import find_blocks
 from qcompile.graph.provenance import LAYER, ORIGIN
 from qcompile.graph.sites import Site, find_linears, find_sites, tied
 from qcompile.graph.trace import follow, same_shape
 from qcompile.graph.workspace import Workspace
-from qcompile.models.architectures import ARCHITECTURES
+from qcompile.models.architectures import ARCHITECTURES, build
 from tests.graph.models import Library, canonicalised, spelled
 
 CURVE = "(Gelu does not commute with a scale)"
@@ -147,6 +148,34 @@ def test_fused_files_have_the_sites_of_the_plain_export(name: str, library: Libr
 
 def first(model: ir.Model, kind: str) -> Site:
     return next(site for site in find_sites(model) if site.kind == kind)
+
+
+class OneTensor(torch.nn.Module):
+    """A language model for torch's older exporter, which takes no dictionaries."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.module(input_ids, attention_mask=attention_mask, return_dict=False)[0]
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_a_torchscript_export_has_the_sites_of_a_newer_one(
+    name: str, library: Library, workspace: Workspace, tmp_path: Path
+) -> None:
+    module, inputs, axes = build(name)
+    torch.onnx.export(
+        OneTensor(module), tuple(inputs.values()), tmp_path / "model.onnx", dynamo=False, opset_version=17,
+        input_names=list(inputs), output_names=["logits"], dynamic_axes=axes,
+    )  # fmt: skip
+    older, _ = canonicalised(tmp_path / "model.onnx", workspace)
+    newer = ir.load(library.architecture(name).path)
+    found, expected = (collections.Counter(summary(site) for site in find_sites(one)) for one in (older, newer))
+    assert found == expected
 
 
 def layouts() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.backends.tvm.operands import drawn, integers, low_bit, opened, tvm
 
 from qcompile.backends.tvm.kernels import (  # isort: skip
-    features, host_target, matmul_integer, matmul_nbits, matmul_nbits_int8, matmul_w4a8, native_target, pack_integer,
+    features, host_target, matmul_integer, matmul_nbits, matmul_nbits_int8, matmul_w4a8, pack_integer,
 )  # fmt: skip
 from qcompile.backends.tvm.kernels import reference
 from qcompile.calibration.runner import open_session
@@ -161,17 +160,3 @@ def test_the_units_are_in_the_machine_code() -> None:
     code = compiled([matmul_integer(128, 64, "uint8", host)], host).mod.inspect_source("asm")
     assert code.count(expected) >= 4
     assert isinstance(tvm.__version__, str)
-
-
-def test_what_a_system_hides_of_its_processor_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A virtual machine without AMX on a processor that has it, as its name says."""
-    flags = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
-    held = sys.modules[native_target.__module__]
-    monkeypatch.setattr(held, "_processor_flags", lambda: flags)
-    monkeypatch.setattr(held.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(held.codegen, "llvm_get_system_cpu", lambda: "emeraldrapids")
-    assert features(native_target()).unit == "vnni"
-    flags -= {"avx512_vnni"}
-    assert features(native_target()).unit == "plain"
-    flags |= {"avx512_vnni", "amx_int8", "amx_tile"}
-    assert features(native_target()).unit == "amx"
