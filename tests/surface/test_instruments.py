@@ -113,7 +113,8 @@ def test_a_model_that_rounding_moves_further_is_held_to_that(tmp_path: Path) -> 
     """y = 1e4 (x W - x W'), W' a few steps from W: what is left of x W is mostly rounding."""
     weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
     held = {"w": weight, "near": weight * np.float32(1 + 1e-4), "large": np.array([1e4], np.float32)}
-    body = "a = MatMul (x, w) b = MatMul (x, near) c = Sub (a, b) y = Mul (c, large)"
+    held["two"] = np.array(2, np.float32)  # a step further, and the power of a negative number is NaN
+    body = "a = MatMul (x, w) b = MatMul (x, near) c = Sub (a, b) d = Mul (c, large) y = Pow (d, two)"
     source = spelled(tmp_path / "m.onnx", f"g (float[n, 8] x) => (float[n, 8] y) {{ {body} }}", held)
     samples = [{"x": np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)}]
     with compiled(source, Rounder(factor=1.0), calibration=samples) as result:
