@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qcompile.generation import Token, generate
 from qcompile.graph.workspace import Workspace
 from qcompile.instruments import Dump, Instrument, LayerErrors, Timer, Verify, interface
 from qcompile.intake import Taken, describe_tokenizer, take, take_samples
-from qcompile.ledger import Ledger, Proof
+from qcompile.ledger import Entry, Ledger, Proof
 from qcompile.pipeline import Arrays, Context, IrPass, Pass, make_pass
 from qcompile.planning import Step, check_legal, expand
 from qcompile.progress import say, step, warn
@@ -236,8 +237,13 @@ def run_pipeline(
         for instrument in watch:
             instrument.after(model, one, ctx, entry)
         if one.preserves == "function" and entry.rewrites == 0 and one.name != "canonicalise":
-            why = entry.skips[0].reason if entry.skips else "no place in this graph matches"
-            warn(f"{one.name} changed nothing: {why}")
+            warn(f"{one.name} changed nothing: {_main_reason(entry) or 'no place in this graph matches'}")
+
+
+def _main_reason(entry: Entry) -> str:
+    """The reason of most skips, of several the last: passes tell first of places, then of whole blocks."""
+    counts = Counter(skip.reason for skip in reversed(entry.skips))
+    return max(counts, key=counts.__getitem__, default="")
 
 
 def _guarded(one: Pass, model: ir.Model, ctx: Context) -> int:

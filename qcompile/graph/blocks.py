@@ -13,6 +13,16 @@ from qcompile.graph.linears import Linear, find_linears
 ATTENTIONS = ("Attention", "GroupedAttention")
 
 
+def is_spelled_attention(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies a softmax over the last axis with values: an attention that stayed spelled out."""
+    if not is_op(node, "MatMul"):
+        return False
+    softmax = match.producer(node.inputs[0], "Softmax")
+    shape = softmax.outputs[0].shape if softmax is not None else None
+    last = {-1} if shape is None else {-1, len(shape) - 1}
+    return softmax is not None and match.int_attribute(softmax, "axis", -1) in last
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """The linears of one transformer block, in graph order."""
@@ -48,7 +58,7 @@ def _indexed_prefix(name: str) -> str:
 def _by_attention(graph: ir.Graph, linears: list[Linear]) -> dict[str, list[Linear]]:
     known = {id(linear.output): linear for linear in linears}
     starts: dict[int, int] = {}
-    for count, node in enumerate(n for n in graph if is_op(n, *ATTENTIONS)):
+    for count, node in enumerate(n for n in graph if is_op(n, *ATTENTIONS) or is_spelled_attention(n)):
         for value in node.inputs[:3]:
             source = _linear_above(value, known)
             if source is not None:

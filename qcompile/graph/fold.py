@@ -19,7 +19,8 @@ from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array, new_initializer, own_initializer, replace_constant
 from qcompile.graph.functions import is_op
 from qcompile.graph.linears import Linear, as_experts, as_linear
-from qcompile.graph.sites import Other, Site, table_readers
+from qcompile.graph.readers import Other, table_readers
+from qcompile.graph.sites import Site
 from qcompile.graph.workspace import Workspace
 
 

@@ -17,7 +17,8 @@ from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
 from qcompile.graph.linears import Linear, find_experts, find_linears
 from qcompile.graph.provenance import layer_name, original_name
-from qcompile.graph.sites import NORMS, Other, keeps_last_axis, readers, table_readers
+from qcompile.graph.readers import Other, keeps_last_axis, readers, table_readers
+from qcompile.graph.sites import NORMS
 from qcompile.graph.trace import same_shape
 
 _SUMS = ("ReduceSum", "ReduceMean")
@@ -39,6 +40,7 @@ class Stream:
     linears: write it with their outputs; direct: read it without a norm between
     constants: (node, input) whose last axis is the stream's channels: looked-up tables, positions, a class token
     patches: convolutions whose output channels are the stream's
+    scaled: products of a looked-up table with one number for each channel, which a fold in front of a tied head leaves
     reason: why it cannot be rotated, because of ``node``; empty when it can
     """
 
@@ -49,6 +51,7 @@ class Stream:
     direct: tuple[Linear, ...]
     constants: tuple[tuple[ir.Node, int], ...]
     patches: tuple[ir.Node, ...]
+    scaled: tuple[ir.Node, ...] = ()
     reason: str = ""
     node: ir.Node | None = None
 
@@ -79,7 +82,7 @@ def find_streams(model: ir.Model) -> list[Stream]:
 
 
 def norm_readers(value: ir.Value, known: dict[int, Linear]) -> tuple[list[Linear], list[Other]]:
-    """As ``sites.readers``, and seen through a multiplication by one number (T5's head)."""
+    """As ``readers.readers``, and seen through a multiplication by one number (T5's head)."""
     linears, others = readers(value, known)
     left = []
     for other in others:
@@ -104,12 +107,14 @@ class _Flood:
         self._direct: list[Linear] = []
         self._constants: list[tuple[ir.Node, int]] = []
         self._patches: list[ir.Node] = []
+        self._scaled: list[ir.Node] = []
         self._obstacle: tuple[str, ir.Node | None] | None = None
 
     def stream(self, start: ir.Value, name: str) -> Stream:
         width = _width(start)
         if width is None:
-            return Stream(name, 0, (), (), (), (), (), "its width is not known", start.producer())
+            reason = "its width is not known"
+            return Stream(name, 0, (), (), (), (), (), reason=reason, node=start.producer())
         pending = [start]
         while pending:
             value = pending.pop()
@@ -124,7 +129,7 @@ class _Flood:
         reason, node = self._obstacle or ("", None)
         return Stream(
             name, width, tuple(self._norms), tuple(self._linears), tuple(self._direct), tuple(self._constants),
-            tuple(self._patches), reason, node,
+            tuple(self._patches), tuple(self._scaled), reason, node,
         )  # fmt: skip
 
     def _refuse(self, reason: str, node: ir.Node | None) -> None:
@@ -146,11 +151,17 @@ class _Flood:
             self._linears.append(linear)
             return []
         if node is None:
-            self._refuse(f"input '{value.name}' of the model is part of it", None)
+            kind = "input" if constant_array(value) is None else "constant"
+            self._refuse(f"{kind} '{value.name}' of the model is part of it", None)
             return []
         patches = _patch_convolution(node)
         if patches is not None:
             self._patches.append(patches)
+            return []
+        lookup = scaled_lookup(node)
+        if lookup is not None:
+            self._scaled.append(node)
+            self._constants.append((lookup, 0))
             return []
         found = []
         for index in _carriers(node, value) or self._unknown_writer(node):
@@ -166,10 +177,23 @@ class _Flood:
 
     def _unknown_writer(self, node: ir.Node) -> tuple[int, ...]:
         if is_op(node, *NORMS):
-            self._refuse("a norm with a gain writes it (post-LN), which does not commute with a rotation", node)
+            where = "post-LN" if self._is_behind_a_linear(node) else "behind the embeddings"
+            self._refuse(f"a norm with a gain writes it ({where}), which does not commute with a rotation", node)
         else:
             self._refuse(f"{node.op_type} writes it, which does not commute with a rotation", node)
         return ()
+
+    def _is_behind_a_linear(self, node: ir.Node) -> bool:
+        pending, seen = [node], {id(node)}
+        while pending:
+            for value in pending.pop().inputs:
+                above = match.producer(value)
+                if id(value) in self._products:
+                    return True
+                if above is not None and id(above) not in seen:
+                    seen.add(id(above))
+                    pending.append(above)
+        return False
 
     # ------------------------------------------------------------------------------ readers
 
@@ -197,7 +221,7 @@ class _Flood:
         if others:
             reader = others[0].node
             what = reader.op_type if reader is not None else "an output of the model"
-            after = " (post-LN)" if is_op(reader, "Add") else ""
+            after = " (post-LN)" if _is_post_ln(reader) else ""
             self._refuse(f"the norm on it feeds {what} beside linears{after}, where its gain cannot follow", node)
         elif not last or any(constant_array(v) is None for v in node.inputs[1:] if v is not None):
             self._refuse("a norm on it has a gain that is computed at run time, or more than one axis", node)
@@ -205,6 +229,13 @@ class _Flood:
             self._refuse("the offset of a norm on it would need a bias for each expert", node)
         elif any(linear.transposed and table_readers(linear) is None for linear in linears):
             self._refuse("more than lookups and the tied head read the head's table", node)
+
+
+def _is_post_ln(node: ir.Node | None) -> bool:
+    """Whether ``node``, or what a fold left between, adds a norm's output to another value for the next norm alone."""
+    while node is not None and is_op(node, "Mul", "Add") and match.constant_operand(node) is not None:
+        node = match.only_consumer(node.outputs[0])
+    return node is not None and is_op(node, "Add") and match.only_consumer(node.outputs[0], *NORMS) is not None
 
 
 def _carriers(node: ir.Node, value: ir.Value) -> tuple[int, ...] | None:
@@ -236,6 +267,18 @@ def row_factor(node: ir.Node, index: int) -> ir.Value | None:
     if factor is None or factor.shape is None or (len(factor.shape) and factor.shape[-1] != 1):
         return None
     return factor
+
+
+def scaled_lookup(node: ir.Node) -> ir.Node | None:
+    """The lookup in a constant table (..., C) whose rows alone ``node`` multiplies by a constant (C,)."""
+    found = match.constant_operand(node) if is_op(node, "Mul") else None
+    lookup = match.producer(found[0], "Gather") if found is not None else None
+    if found is None or lookup is None or match.only_consumer(lookup.outputs[0]) is not node:
+        return None
+    table = constant_array(lookup.inputs[0])
+    if table is None or table.ndim < 2 or found[1].shape != table.shape[-1:]:
+        return None
+    return lookup if 0 <= match.int_attribute(lookup, "axis", 0) < table.ndim - 1 else None
 
 
 def _patch_convolution(node: ir.Node) -> ir.Node | None:

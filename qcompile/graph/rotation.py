@@ -21,7 +21,7 @@ from qcompile.graph.edits import constant_array, new_initializer, own_initialize
 from qcompile.graph.fold import add_bias, renewed, store
 from qcompile.graph.functions import is_op
 from qcompile.graph.linears import Linear
-from qcompile.graph.residual import NormReader, Stream
+from qcompile.graph.residual import NormReader, Stream, scaled_lookup
 from qcompile.graph.sites import Site
 from qcompile.graph.workspace import Workspace
 
@@ -97,6 +97,8 @@ def rotate_streams(model: ir.Model, streams: Sequence[Stream], rotation: np.ndar
     and no diagonal stands between them once they are rotated.
     """
     untied = sum(_untie(model, head, workspace) for stream in streams for head in stream.tied_heads)
+    for product in {id(node): node for stream in streams for node in stream.scaled}.values():
+        _scale_table(model, product, workspace)
     constants: dict[bool, list[tuple[ir.Node, int]]] = {True: [], False: []}
     for stream in streams:
         turn = _centred(rotation) if stream.centred else rotation
@@ -126,6 +128,19 @@ def _turned(array: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     for start in range(0, len(rows), ROWS):
         result[start : start + ROWS] = rows[start : start + ROWS].astype(np.float64) @ matrix
     return result.reshape(*array.shape[:-1], matrix.shape[1])
+
+
+def _scale_table(model: ir.Model, product: ir.Node, workspace: Workspace) -> None:
+    """table[ids] * c  ->  (table * c)[ids]: what an earlier fold took apart for the head that shared the table."""
+    lookup, found = scaled_lookup(product), match.constant_operand(product)
+    assert lookup is not None and found is not None
+    rows, factor = found
+    table = constant_array(lookup.inputs[0])
+    assert table is not None
+    scaled = np.multiply(table, factor, out=np.empty_like(table), dtype=np.float64, casting="same_kind")
+    store(model, lookup, 0, scaled, workspace)
+    product.outputs[0].replace_all_uses_with(rows)
+    model.graph.remove(product, safe=True)
 
 
 def _turn_columns(model: ir.Model, linear: Linear, matrix: np.ndarray, workspace: Workspace) -> None:

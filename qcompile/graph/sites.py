@@ -17,27 +17,23 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.blocks import ATTENTIONS
+from qcompile.graph.blocks import ATTENTIONS, is_spelled_attention
 from qcompile.graph.canonical import match
 from qcompile.graph.edits import constant_array
 from qcompile.graph.functions import is_op
-from qcompile.graph.linears import VIEWS, Linear, as_linear, find_embeddings, find_experts, find_linears
+from qcompile.graph.linears import Linear, as_linear, find_embeddings, find_experts, find_linears
 from qcompile.graph.provenance import layer_name, original_name
+from qcompile.graph.readers import Other, keeps_last_axis, readers, table_readers
 from qcompile.graph.trace import Leaf, Trace, follow
 
 NORMS = ("LayerNormalization", "RMSNormalization")
 _CURVES = ("Gelu", "Silu", "Tanh", "Sigmoid", "Elu", "HardSwish", "Mish", "Softplus")
+_FAR = 32  # nodes between a projection and an attention at most
+_BETWEEN = ("Relu", "Pow", "Mul", "Identity", "Dropout", *_CURVES)  # an activation that is spelled out
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Slice", "Gather", "Split", "RotaryEmbedding",
+          "Identity", "Dropout")  # fmt: skip
 
 Kind = Literal["norm", "v_o", "up_down", "q_k"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Other:
-    """A reader that is no linear: gets an inserted ``x * s + z`` when the producer is changed."""
-
-    node: ir.Node | None  # None: the value is an output of the graph
-    value: ir.Value
-    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,58 +89,6 @@ def describe(site: Site) -> str:
     return f"{site.kind}:{site.name or original_name(site.producer)}"
 
 
-# --------------------------------------------------------------------------- readers of a norm
-
-
-def readers(value: ir.Value, linears: dict[int, Linear]) -> tuple[list[Linear], list[Other]]:
-    """All readers of ``value``, seen through operators that keep its last axis."""
-    found: list[Linear] = []
-    others = [Other(None, value)] if value.is_graph_output() else []
-    for use in value.uses():
-        linear = linears.get(id(use.node))
-        if linear is not None and use.idx == 0:
-            found.append(linear)
-        elif keeps_last_axis(use.node, use.idx, value):
-            below, beside = readers(use.node.outputs[0], linears)
-            if below and not beside:
-                found.extend(below)
-            else:
-                others.append(Other(use.node, value, use.idx))
-        elif not is_op(use.node, "Shape"):
-            others.append(Other(use.node, value, use.idx))
-    return found, others
-
-
-def table_readers(head: Linear) -> list[ir.Node] | None:
-    """The lookups that share a tied head's table; None when it has any other reader."""
-    uses = [use for use in head.weight.uses() if use.node is not head.holder[0]]
-    lookups = [use.node for use in uses if is_op(use.node, "Gather") and use.idx == 0]
-    whole_rows = all(match.int_attribute(node, "axis", 0) == 0 for node in lookups)
-    alone = match.only_consumer(head.holder[0].outputs[0]) is head.node and head.weight.is_initializer()
-    return lookups if len(lookups) == len(uses) and whole_rows and alone else None
-
-
-def keeps_last_axis(node: ir.Node, index: int, value: ir.Value) -> bool:
-    """Whether the last axis of ``value``, input ``index`` of ``node``, is the last axis of its output as it is."""
-    if index != 0:
-        return False
-    if is_op(node, "Identity", "Dropout"):
-        return True
-    output = node.outputs[0]
-    same = value.shape is not None and output.shape is not None and _last(value) == _last(output) is not None
-    if is_op(node, "Reshape", "Slice", "GatherND", "Expand", *VIEWS):
-        return same
-    if is_op(node, "Gather"):
-        rank = len(value.shape) if value.shape is not None else 0
-        return same and 0 <= match.int_attribute(node, "axis", 0) < rank - 1
-    return False
-
-
-def _last(value: ir.Value) -> int | None:
-    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    return last if isinstance(last, int) else None
-
-
 # --------------------------------------------------------------------------- finding
 
 
@@ -163,6 +107,7 @@ class _Finder:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._readers = {id(linear.node): linear for linear in [*find_linears(graph), *find_experts(graph)]}
+        self._products = {id(linear.output): linear for linear in self._readers.values()}
         self._entries: dict[tuple[int, int], tuple[Linear, Trace, Leaf]] = {}
         for linear in self._readers.values():
             trace = follow(linear.output)
@@ -176,9 +121,11 @@ class _Finder:
             if is_op(node, *NORMS):
                 found.extend(self._norm(node))
             elif is_op(node, *ATTENTIONS):
-                found.extend(self._v_o(node))
+                found.extend(self._v_o(node, 2))
                 found.extend(self._q_k(node))
-            elif is_op(node, "Mul", "Relu", *_CURVES):
+            elif is_spelled_attention(node):
+                found.extend(self._v_o(node, 1))
+            elif is_op(node, "Mul", "Relu", "Pow", *_CURVES):
                 found.extend(self._up_down(node))
         return found
 
@@ -199,9 +146,14 @@ class _Finder:
         yield Site("norm", layer_name(node), tensor, node, linears or experts, tuple(others), reason=reason,
                    experts=experts if linears else ())  # fmt: skip
 
-    def _v_o(self, node: ir.Node) -> Iterator[Site]:
-        source = self._heads(node, 2)
+    def _v_o(self, node: ir.Node, values: int) -> Iterator[Site]:
+        source = self._heads(node, values)
         found = self._context_reader(node)
+        if source is None and found is not None:
+            linear, between = self._above(node.inputs[values])
+            if linear is not None:
+                reason = f"{_obstacle(between)} between the value projection and the attention"
+                yield Site("v_o", found[0].name, found[0].x, node, found[:1], source=linear, reason=reason)
         if source is None or found is None:
             return
         output, heads, within = found  # of each row of the output projection
@@ -223,7 +175,7 @@ class _Finder:
     def _q_k(self, node: ir.Node) -> Iterator[Site]:
         q, k = self._heads(node, 0), self._heads(node, 1)
         if q is None or k is None:
-            yield from self._normalised_heads(node)
+            yield from self._parted_heads(node)
             return
         heads = np.arange(q.columns.shape[0]) * k.columns.shape[0] // q.columns.shape[0]
         columns, expand = np.unique(k.columns[heads], return_inverse=True)
@@ -234,26 +186,36 @@ class _Finder:
             partner=q.columns.reshape(-1), ties=_ties(columns, k.mixed), reason=reason,
         )  # fmt: skip
 
-    def _normalised_heads(self, node: ir.Node) -> Iterator[Site]:
-        """Queries and keys that pass a norm on each head: its output does not feel the projection's scale."""
-        q, k = (self._above_norm(value) for value in node.inputs[:2])
-        if q is not None and k is not None:
+    def _parted_heads(self, node: ir.Node) -> Iterator[Site]:
+        """Queries and keys with something between projection and scores that is no layout."""
+        (q, above_q), (k, above_k) = (self._above(value) for value in node.inputs[:2])
+        if q is None or k is None:
+            return
+        if any(is_op(one, *NORMS) for one in above_q + above_k):
             reason = "queries and keys are normalised for each head, which undoes a scale of the projection"
-            yield Site("q_k", k.name, k.output, node, (q,), source=k, reason=reason)
+        else:
+            reason = f"{_obstacle(above_q + above_k)} between the query and key projections and the attention"
+        yield Site("q_k", k.name, k.output, node, (q,), source=k, reason=reason)
 
-    def _above_norm(self, value: ir.Value | None) -> Linear | None:
-        while (node := match.producer(value, *NORMS, "RotaryEmbedding", "Transpose", "Reshape")) is not None:
-            entry = self._entries.get((id(node), 0)) if is_op(node, *NORMS) else None
-            if entry is not None:
-                return entry[0]
-            value = node.inputs[0]
-        return None
+    def _above(self, value: ir.Value | None) -> tuple[Linear | None, list[ir.Node]]:
+        """The nearest linear above ``value``, along the first inputs that are computed, and the nodes between."""
+        nodes: list[ir.Node] = []
+        while value is not None and id(value) not in self._products:
+            node = match.producer(value)
+            value = None
+            if node is not None and len(nodes) < _FAR:
+                nodes.append(node)
+                made = (v for v in node.inputs if v is not None and v.producer() is not None)
+                value = next((v for v in made if constant_array(v) is None), None)
+        return self._products.get(id(value)), nodes
 
     def _up_down(self, node: ir.Node) -> Iterator[Site]:
         down = self._row_reader(node.outputs[0])
         if down is None:
             return
         up = next((c for i in range(len(node.inputs)) if (c := self._vector(node, i)) is not None), None)
+        if up is None:
+            yield from self._other_curve(node, down)
         if up is None or up.columns.size != down.rows:
             return
         reason = "" if up.alone else "the up projection has another reader"
@@ -268,6 +230,14 @@ class _Finder:
             "up_down", down.name, down.x, node, (down,), source=up.linear,
             columns=None if in_order else up.columns, reason=reason,
         )  # fmt: skip
+
+    def _other_curve(self, node: ir.Node, down: Linear) -> Iterator[Site]:
+        """An activation of several operators (the square of ReLU)."""
+        up, between = self._above(node.outputs[0])
+        spelled = len(between) > 1 and all(is_op(n, *_BETWEEN) for n in between)
+        if up is not None and up.columns == down.rows and spelled:
+            reason = f"{' after '.join(n.op_type for n in between)} does not commute with a scale"
+            yield Site("up_down", down.name, down.x, node, (down,), source=up, reason=reason)
 
     # ----------------------------------------------------------------------- channels by traces
 
@@ -334,6 +304,16 @@ class _Finder:
                 return None
             value = node.outputs[0]
         return None
+
+
+def _obstacle(between: list[ir.Node]) -> str:
+    """What keeps heads from being followed through the nodes ``between`` them and their projection."""
+    for node in between:
+        if is_op(node, "Concat") and any(value is not None and value.is_graph_input() for value in node.inputs):
+            return "the key/value cache stands"
+    found = [node.op_type for node in between if not is_op(node, *_MOVES)]
+    plain = [op for op in found if op != "Concat"]
+    return f"{(plain or found)[0]} stands" if found else "an order of heads that is not read in whole stands"
 
 
 def _rows_and_columns(trace: Trace, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:

@@ -73,6 +73,18 @@ class Workspace:
                 continue
             value.const_value = self._adopted(held, name)
 
+    def clone(self, model: ir.Model) -> ir.Model:
+        """A copy of ``model`` with maps of its own: what is read of the one stays out of memory for the other."""
+        clone = model.clone()
+        for name, value in clone.graph.initializers.items():
+            held = value.const_value
+            if isinstance(held, ir.ExternalTensor):
+                value.const_value = ir.ExternalTensor(
+                    held.location, held.offset, held.length, held.dtype,
+                    shape=ir.Shape(held.shape.numpy()), name=name, base_dir=held.base_dir,
+                )  # fmt: skip
+        return clone
+
     def let_go(self, model: ir.Model) -> None:
         """Take the mapped tensors of ``model`` out of memory; what is read again comes back from their files."""
         for value in model.graph.initializers.values():

@@ -102,6 +102,21 @@ PATTERNS: dict[str, tuple[str, str, dict[str, np.ndarray]]] = {
         " c = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v) o = MatMul (c, r) y = Relu (o) }",
         {"w": weight(1), "u": weight(2), "p": weight(3), "r": weight(4)},
     ),
+    "d_values_of_capped_scores": (
+        "v_o",
+        f"{Y} {{ q = MatMul (x, w) k = MatMul (x, u) v = MatMul (x, p) q1 = Reshape (q, split) k1 = Reshape (k, split)"
+        " v1 = Reshape (v, split) q2 = Transpose <perm = [0, 2, 1, 3]> (q1) k2 = Transpose <perm = [0, 2, 3, 1]> (k1)"
+        " v2 = Transpose <perm = [0, 2, 1, 3]> (v1) a = MatMul (q2, k2) b = Tanh (a) c = Softmax (b) d = MatMul (c, v2)"
+        " e = Transpose <perm = [0, 2, 1, 3]> (d) f = Reshape (e, join) o = MatMul (f, r) y = Relu (o) }",
+        {
+            "w": weight(1),
+            "u": weight(2),
+            "p": weight(3),
+            "r": weight(4),
+            "split": np.array([0, 0, 2, 4]),
+            "join": np.array([0, 0, 8]),
+        },
+    ),
     "e_gate_up_down": (
         "up_down",
         f"{Y} {{ a = MatMul (x, w) t = Sigmoid (a) k = Mul (a, t) u = MatMul (x, p) m = Mul (k, u)"

@@ -15,7 +15,7 @@ from qcompile.graph.provenance import LAYER, ORIGIN
 from qcompile.graph.sites import Site, find_linears, find_sites, tied
 from qcompile.graph.trace import follow, same_shape
 from qcompile.graph.workspace import Workspace
-from qcompile.models.architectures import ARCHITECTURES, build
+from qcompile.models.architectures import ARCHITECTURES, build, cached_export
 from tests.graph.models import Library, canonicalised, spelled
 
 CURVE = "(Gelu does not commute with a scale)"
@@ -258,6 +258,12 @@ def square(seed: int = 0, rows: int = WIDTH, columns: int = WIDTH) -> np.ndarray
     return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
 
 
+QKV = "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv)"
+HEADS = "c = com.microsoft.MultiHeadAttention <num_heads = 2> ({q}, {k}, {v}) o = MatMul (c, wo) y = Relu (o)"
+PROJECTIONS = {n: square(i) for i, n in enumerate(("wq", "wk", "wv", "wo"))} | {
+    "low": np.array(-1, np.float32),
+    "high": np.array(1, np.float32),
+}
 ONES = np.ones(WIDTH, np.float32)
 NORM = "n = LayerNormalization (x, g, h)"
 READERS = {
@@ -281,6 +287,17 @@ READERS = {
         "(float[b, s, 8] y) { u = MatMul (x, w) k = Sigmoid (u) r = Mul (u, k)"
         " y1 = MatMul (r, v) y = Relu (y1) }",
         {"w": square(), "v": square(1)},
+    ),
+    "Pow after Relu does not commute with a scale": (
+        "(float[b, s, 8] y) { u = MatMul (x, w) k = Relu (u) r = Pow (k, two)"
+        " y1 = MatMul (r, v) y = Relu (y1) }",
+        {"w": square(), "v": square(1), "two": np.array(2, np.float32)},
+    ),
+    "Clip stands between the value projection and the attention": (
+        f"(float[b, s, 8] y) {{ {QKV} v0 = Clip (v, low, high) {HEADS.format(q='q', k='k', v='v0')} }}", PROJECTIONS
+    ),
+    "Add stands between the query and key projections and the attention": (
+        f"(float[b, s, 8] y) {{ {QKV} q0 = Add (q, q) {HEADS.format(q='q0', k='k', v='v')} }}", PROJECTIONS
     ),
     "a factor stands between the projections": (
         "(float[b, s, 8] y) { u = MatMul (x, w) k = Mul (u, two) r = Relu (k)"
@@ -309,6 +326,14 @@ def test_values_with_another_reader_are_left(tmp_path: Path, workspace: Workspac
     )
     sites = {site.kind: site.reason for site in find_sites(model)}
     assert sites == {"v_o": "the value projection has another reader", "q_k": ""}
+
+
+def test_values_that_a_cache_keeps_are_left() -> None:
+    """Their scale would change what the model gives out."""
+    with Workspace() as workspace:
+        model = canonicalised(cached_export("llama", with_past=True), workspace)[0]
+        reasons = {site.reason for site in find_sites(model) if site.kind == "v_o"}
+    assert reasons == {"the key/value cache stands between the value projection and the attention"}
 
 
 # --------------------------------------------------------------------------- blocks

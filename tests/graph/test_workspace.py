@@ -82,6 +82,18 @@ def test_a_saved_model_is_small_and_runs_beside_its_tensors(tmp_path: Path) -> N
         assert len(files(workspace)) == 1
 
 
+def test_a_clone_has_maps_of_its_own() -> None:
+    with Workspace() as workspace:
+        value = ir.Value(name="w", const_value=workspace.tensor(np.ones(INLINE_BYTES, np.float32), "w"))
+        graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21})
+        model = ir.Model(graph, ir_version=10)
+        clone = workspace.clone(model)
+        held = clone.graph.initializers["w"].const_value
+        assert isinstance(held, ir.ExternalTensor) and held is not value.const_value
+        value.const_value.numpy()  # type: ignore[union-attr]
+        assert held.raw is None and (held.numpy() == 1).all()
+
+
 def test_packed_types_keep_their_bytes(tmp_path: Path) -> None:
     codes = (np.arange(4 * INLINE_BYTES) % 16).astype(ml_dtypes.uint4)
     with Workspace(tmp_path) as workspace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -21,7 +22,8 @@ import qcompile
 from qcompile import manifest, planning, publish, recipe
 from qcompile.calibration.samples import proof_samples
 from qcompile.errors import GateError, UserError
-from qcompile.pipeline import IrPass
+from qcompile.ledger import Preserves
+from qcompile.pipeline import Context, IrPass, Pass
 from tests.surface.plain import Plain, feeds, write_model
 
 
@@ -221,6 +223,21 @@ def test_a_graph_without_matmuls_is_compiled_and_the_user_told(
         assert compiled.run(given[0])["y"].tolist() == [[1.0, 0.0, 3.0, 0.0]]
     shown = capsys.readouterr().err
     assert "os_plus changed nothing" in shown and "this graph has no matmul" in shown
+
+
+def test_the_reason_of_most_places_says_why_nothing_changed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Reluctant(Pass):
+        name: ClassVar[str] = "reluctant"
+        preserves: ClassVar[Preserves] = "function"
+
+        def run(self, model: ir.Model, ctx: Context) -> int:
+            for place, reason in enumerate(("rare", "early", "late", "early", "late")):
+                ctx.ledger.skip(f"place {place}", reason)
+            return 0
+
+    compile_float(model, passes=[Reluctant()]).close()
+    assert "reluctant changed nothing: late" in capsys.readouterr().err
 
 
 def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, temporary: Path) -> None:

@@ -17,6 +17,7 @@ from qcompile.errors import ContractError, UserError
 from qcompile.instruments import LOST_DB, Difference
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass
+from tests.graph.models import spelled
 from tests.surface.plain import feeds
 
 
@@ -48,6 +49,18 @@ class Liar(Pass):
 class Honest(Liar):
     name: ClassVar[str] = "honest"
     preserves: ClassVar[Preserves] = "approximation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounder(Liar):
+    """Takes a weight apart and puts it together again, which rounds it twice."""
+
+    name: ClassVar[str] = "rounder"
+
+    def run(self, model: ir.Model, ctx: Context) -> int:
+        scale_initializer(model, "w", 0.7)
+        scale_initializer(model, "w", self.factor / 0.7)
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,22 @@ def test_a_fold_within_its_tolerance_passes(model: Path) -> None:
     with compiled(model, Liar(factor=1.000001)) as result:
         proof = result.manifest["passes"][1]["proof"]
     assert 0 < proof["relative"] <= 1e-5 and proof["tolerance"] == 1e-5
+
+
+def test_a_model_that_rounding_moves_further_is_held_to_that(tmp_path: Path) -> None:
+    """y = 1e4 (x W - x W'), W' a few steps from W: what is left of x W is mostly rounding."""
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    held = {"w": weight, "near": weight * np.float32(1 + 1e-4), "large": np.array([1e4], np.float32)}
+    held["two"] = np.array(2, np.float32)  # a step further, and the power of a negative number is NaN
+    body = "a = MatMul (x, w) b = MatMul (x, near) c = Sub (a, b) d = Mul (c, large) y = Pow (d, two)"
+    source = spelled(tmp_path / "m.onnx", f"g (float[n, 8] x) => (float[n, 8] y) {{ {body} }}", held)
+    samples = [{"x": np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)}]
+    with compiled(source, Rounder(factor=1.0), calibration=samples) as result:
+        entry = result.manifest["passes"][1]
+    assert 1e-5 < entry["proof"]["relative"] <= entry["proof"]["tolerance"] < 1e-2
+    assert "one step in the last place of every weight" in entry["notes"][0]
+    with pytest.raises(ContractError, match="'rounder' changed the function"):
+        compiled(source, Rounder(), calibration=samples)
 
 
 def test_outputs_in_half_precision_may_differ_by_a_step_of_it(model: Path) -> None:
