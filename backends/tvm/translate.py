@@ -136,6 +136,7 @@ class _Walker:
         where = layer_name(node)
         results = self._convert(program, node, inputs, {}, where)
         for value, result in zip(node.outputs, results, strict=False):
+            result = _declared(result, value)
             if isinstance(result, Tensor):
                 result.uses = len(value.uses())
                 if _is_shared(result, value):
@@ -187,6 +188,7 @@ class _Walker:
             for value, result in zip(
                 node.outputs, self._convert(scope, node, read, given, where), strict=False
             ):
+                result = _declared(result, value)
                 if isinstance(result, Tensor):
                     result.uses = len(value.uses())
                 known[value] = result
@@ -223,6 +225,13 @@ class _Walker:
 
 def _spelled(node: ir.Node) -> str:
     return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def _declared(result: Value, value: ir.Value) -> Value:
+    """Dims have 64 bits, but 32 where the model was narrowed to them."""
+    if isinstance(result, Known) and result.dtype == "int64" and value.dtype == ir.DataType.INT32:
+        return Known(result.array if result.is_symbolic else result.array.astype(np.int32), "int32", result.name)
+    return result
 
 
 def _is_shared(result: Tensor, value: ir.Value) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.backends.system import install
 
 PACKAGES = ("mesa-vulkan-drivers", "libvulkan1")
 
@@ -23,10 +22,8 @@ def adapter() -> Any:
         found = [one for one in wgpu.gpu.enumerate_adapters_sync() if one.info["backend_type"] == "Vulkan"]
         if found:
             return found[0]
-        if attempt or os.geteuid() or shutil.which("apt-get") is None:
+        if attempt or not install(*PACKAGES):
             pytest.skip(f"there is no driver of Vulkan: apt-get install {' '.join(PACKAGES)}")
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", "--quiet", *command], capture_output=True, check=False)
     return None
 
 

@@ -83,3 +83,23 @@ def test_a_decoder_of_packed_weights_is_as_close_as_its_sums(tmp_path: Path) -> 
     with qcompile.compile(path, recipe="w4a16_g32", **options) as cpu:
         expected = cpu.run(texts(3, 9))["logits"]
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_a_decoder_goes_on_from_its_cache(tmp_path: Path) -> None:
+    """Positions begin behind the cache: a dim in 32 bits."""
+    path, options = cached_export("llama", with_past=True), {"max_samples": 2, "max_length": 16}
+    folder = tmp_path / "out"
+    qcompile.compile(path, recipe="w4a16_g32", target="webgpu", output=folder, **options).close()  # type: ignore[arg-type]
+    with qcompile.compile(path, recipe="w4a16_g32", output=tmp_path / "cpu", **options):  # type: ignore[arg-type]
+        cpu = open_session(tmp_path / "cpu")
+    sizes = {"batch": 2, "sequence": 3, "past_sequence": 4, "past_sequence + sequence": 7}
+    generator, given = np.random.default_rng(0), {}
+    for port in cpu.get_inputs():
+        shape = [sizes.get(side, side) for side in port.shape]
+        is_float = "float" in port.type
+        given[port.name] = generator.normal(size=shape).astype(np.float32) if is_float else np.ones(shape, np.int64)
+    narrow = {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in given.items()}
+    found = Session(folder, OnWgpu(folder)).run(None, narrow)
+    for one, other in zip(found, cpu.run(None, given), strict=True):
+        assert one.shape == other.shape and np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
