@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcompile.backends.tvm.kernels import emit
-from qcompile.backends.tvm.kernels.emit import Buffer, Expr, T, int64, loop, when
+from qcompile.backends.tvm.kernels.emit import Buffer, Expr, T, address, int64, loop, when
 from qcompile.backends.tvm.kernels.features import PANEL
 from qcompile.backends.tvm.kernels.packing import TILE_DEPTH, integer_shape
 
@@ -92,12 +92,12 @@ class TileProduct:
         """A tile of sums; where the last column lies inside it, through a copy."""
         with T.If(column + PANEL <= self.n):
             with T.Then():
-                emit.effect("llvm.x86.tilestored64", T.uint8(tile), _address(self.y, [row, column]), int64(4 * self.n))
+                emit.effect("llvm.x86.tilestored64", T.uint8(tile), address(self.y, [row, column]), int64(4 * self.n))
             if self.n % (2 * PANEL):
                 with T.Else():
                     held = emit.cleared_stack((ROWS, PANEL), "int32")
                     emit.effect(
-                        "llvm.x86.tilestored64", T.uint8(tile), _address(held, [int64(0), int64(0)]), int64(4 * PANEL)
+                        "llvm.x86.tilestored64", T.uint8(tile), address(held, [int64(0), int64(0)]), int64(4 * PANEL)
                     )
                     with loop(height) as r, loop(T.max(int64(self.n) - column, int64(0))) as c:
                         emit.store(self.y, [row + r, column + c], held[r, c])
@@ -119,7 +119,7 @@ def configure(first: Expr, second: Expr) -> None:
     heights = [first, first, second, second, first, second, int64(ROWS), int64(ROWS)]
     for tile, height in enumerate(heights):
         emit.store(place, [0, 48 + tile], T.Cast("uint8", height))
-    emit.effect("llvm.x86.ldtilecfg", _address(place, [0, 0]))
+    emit.effect("llvm.x86.ldtilecfg", address(place, [0, 0]))
 
 
 def release() -> None:
@@ -131,11 +131,7 @@ def release() -> None:
 
 
 def load(tile: int, buffer: Buffer, indices: list[Expr], stride: int) -> None:
-    emit.effect("llvm.x86.tileloadd64", T.uint8(tile), _address(buffer, indices), int64(stride))
-
-
-def _address(buffer: Buffer, indices: list[Any]) -> Expr:
-    return T.address_of(buffer[tuple(indices)])
+    emit.effect("llvm.x86.tileloadd64", T.uint8(tile), address(buffer, indices), int64(stride))
 
 
 def matmul_integer_amx(k: int, n: int, x_dtype: str, symbol: str) -> Any:

@@ -12,20 +12,24 @@ _SIGN = -0x7F7F7F80  # 0x80808080
 
 
 def quads(
-    layout: CodeLayout, packed: Buffer, panel: Expr, step: Expr, column: int, lanes: int, *, signed: bool
+    layout: CodeLayout, packed: Buffer, panel: Expr, step: Expr, column: int, lanes: int, *, rows: int, signed: bool
 ) -> Iterator[tuple[int, Expr]]:
     """(first row in the step, quads of ``lanes`` columns from ``column`` on) of ``layout.rows`` rows.
 
-    ``signed``: codes of 8 bits come less 128, for a dot product that takes no unsigned side.
+    rows: of x that they meet
+    signed: codes of 8 bits come less 128, for a dot product that takes no unsigned side
     """
-    held = slabs(layout, packed, panel, step, column, lanes)
+    held = slabs(layout, packed, panel, step, column, lanes, rows)
     for quad in range(layout.rows // 4):
         yield 4 * quad, _quad(layout.bits, held, quad, lanes, signed)
 
 
-def slabs(layout: CodeLayout, packed: Buffer, panel: Expr, step: Expr, column: int, lanes: int) -> list[Expr]:
-    """The slabs of a step as int32 registers."""
+def slabs(
+    layout: CodeLayout, packed: Buffer, panel: Expr, step: Expr, column: int, lanes: int, rows: int
+) -> list[Expr]:
+    """The slabs of a step as int32 registers. ``rows``: of x that they meet."""
     first = step * layout.slabs
+    emit.prefetch(packed, panel, first, int64(column), lanes, rows)
     return [
         emit.bind(emit.slab_at(packed, [panel, first + slab, int64(column), int64(0)], lanes))
         for slab in range(layout.slabs)

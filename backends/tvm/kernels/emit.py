@@ -118,6 +118,25 @@ def effect(intrinsic: str, *arguments: Expr) -> None:
     T.evaluate(T.call_llvm_intrin("void", intrinsic, *arguments))
 
 
+AHEAD = 64  # lines of 64 bytes: at the end of a page of memory processors stop fetching by themselves
+FEW = 2  # rows of x that wait for memory
+
+
+def address(buffer: Buffer, indices: Sequence[Expr]) -> Expr:
+    return T.address_of(buffer[tuple(indices)])
+
+
+def prefetch(buffer: Buffer, panel: Expr, slab: Expr, column: Expr, lanes: int, rows: int) -> None:
+    """Ask for what lies ``AHEAD`` slabs on in memory, beyond the buffer too; only where few rows of x need it.
+
+    Among many rows it costs more than it gains, and on ARM nobody has timed it.
+    """
+    if lanes != PANEL or rows > FEW:
+        return
+    indices = [panel, slab + AHEAD, column, int64(0)]
+    effect("llvm.prefetch.p0", address(buffer, indices), T.int32(0), T.int32(3), T.int32(1))
+
+
 def quad_at(buffer: Buffer, indices: Sequence[Expr]) -> Expr:
     """The four int8 or uint8 from ``indices`` on, as an int32."""
     loaded = buffer.vload(list(indices), f"{buffer.dtype}x4")
@@ -170,6 +189,6 @@ def store_columns(
 
 
 __all__ = [
-    "Buffer", "Expr", "Register", "T", "bind", "cleared_stack", "dot", "effect", "int64", "loop", "primitive", "pure",
-    "quad_at", "ramp", "slab_at", "splat", "stack", "store", "store_columns", "when", "zeros",
+    "Buffer", "Expr", "Register", "T", "address", "bind", "cleared_stack", "dot", "effect", "int64", "loop", "prefetch",
+    "primitive", "pure", "quad_at", "ramp", "slab_at", "splat", "stack", "store", "store_columns", "when", "zeros",
 ]  # fmt: skip

@@ -70,6 +70,8 @@ class Product:
             emit.bind(emit.slab_at(self.w, [panel, quad, int64(column), int64(0)], self.lanes))
             for panel, column in parts
         ]
+        for panel, column in parts:
+            emit.prefetch(self.w, panel, quad, int64(column), self.lanes, len(sums))
         for row, value in zip(sums, x, strict=True):
             side = emit.bind(emit.splat(value, self.lanes))
             for total, weight in zip(row, weights, strict=True):

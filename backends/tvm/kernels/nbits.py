@@ -55,7 +55,7 @@ class FloatProduct(PanelProduct):
     def _step(
         self, start: Expr, panel: Expr, step: Expr, sums: list[list[Register]], zero: Expr | None, filled: int
     ) -> None:
-        held = codes.slabs(self.layout, self.w, panel, step, 0, self.lanes)
+        held = codes.slabs(self.layout, self.w, panel, step, 0, self.lanes, len(sums))
         for row in range(filled):
             weight = emit.bind(self._weight(codes.lane_code(self.layout.bits, held, row, self.lanes), zero))
             for r, parts in enumerate(sums):

@@ -49,7 +49,7 @@ class RoundedProduct(PanelProduct):
             results[r].set(results[r].value + exact * self.factor(scale, start + r, group))
 
     def _step(self, start: Expr, panel: Expr, step: Expr, column: int, sums: list[list[Register]]) -> None:
-        unpacked = codes.quads(self.layout, self.w, panel, step, column, self.lanes, signed=self.signed)
+        unpacked = codes.quads(self.layout, self.w, panel, step, column, self.lanes, rows=len(sums), signed=self.signed)
         for index, (row, code) in enumerate(unpacked):
             held = emit.bind(code)
             for r, parts in enumerate(sums):

@@ -160,3 +160,13 @@ def test_the_units_are_in_the_machine_code() -> None:
     code = compiled([matmul_integer(128, 64, "uint8", host)], host).mod.inspect_source("asm")
     assert code.count(expected) >= 4
     assert isinstance(tvm.__version__, str)
+
+
+@pytest.mark.skipif(not features(host_target()).wide, reason="this processor has no AVX-512 VNNI")
+def test_one_row_asks_for_weights_in_advance_and_many_do_not() -> None:
+    from qcompile.backends.tvm.kernels.program import compiled
+
+    host = host_target()
+    kernel = matmul_nbits(128, 64, 4, 32, host, zero_points=False)  # blocks of 12, 4 and 1 rows
+    code = compiled([kernel], host).mod.inspect_source("asm")
+    assert 0 < code.count("prefetcht0") < 12
