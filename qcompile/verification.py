@@ -14,9 +14,9 @@ import onnx_ir as ir
 from qcompile import backends, manifest
 from qcompile.backends.base import Program, longest_text, open_program, program_interface
 from qcompile.calibration.samples import Sample, proof_samples
+from qcompile.difference import Difference, proof_of
 from qcompile.errors import QCompileError
 from qcompile.graph.workspace import Workspace
-from qcompile.instruments import Difference, proof_of
 from qcompile.intake import take, take_samples
 from qcompile.report import decibels
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"", "environment", "errors", "progress"},  # "" is the package itself: who imports it gets its version
     {"graph", "quant"},
     {"pipeline", "ledger", "manifest", "recipe"},
-    {"block", "calibration", "capture", "instruments", "integer", "proof", "training"},
+    {"block", "calibration", "capture", "difference", "instruments", "integer", "proof", "training"},
     {"passes"},
     {"backends", "models"},
     {"acceptance", "intake", "planning", "publish", "report", "reporting"},

@@ -13,8 +13,8 @@ import pytest
 
 import qcompile
 from qcompile.calibration.runner import OrtRunner
+from qcompile.difference import LOST_DB, Difference
 from qcompile.errors import ContractError, UserError
-from qcompile.instruments import LOST_DB, Difference
 from qcompile.ledger import Preserves
 from qcompile.pipeline import Context, Pass
 from tests.graph.models import spelled
@@ -230,7 +230,7 @@ def test_a_wide_output_is_compared_in_small_pieces(monkeypatch: pytest.MonkeyPat
         sizes.append(before.size)
         add_rows(self, before, after)
 
-    monkeypatch.setattr("qcompile.instruments.VALUES", 100)
+    monkeypatch.setattr("qcompile.difference.VALUES", 100)
     monkeypatch.setattr(Difference, "_add_rows", spy)
     found = Difference()
     found.add(np.ones((1, 9, 30)), np.full((1, 9, 30), 1.5), np.ones((1, 9), bool))
