@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import platform
 from collections.abc import Callable, Iterable
@@ -62,6 +63,46 @@ def check_ready(backend: Any) -> None:
     ready = getattr(backend, "ready", None)
     if ready is not None:
         ready()
+
+
+class Route(Protocol):
+    """One way to a package for another machine."""
+
+    def lower(self, model: ir.Model, ctx: Context) -> int: ...
+    def kernels_of(self, model: Path) -> list[Kernel]: ...
+    def package(self, model: ir.Model, folder: Path) -> None: ...
+
+    def open(self, folder: Path) -> Program:
+        """The program, or what stands for it on this machine."""
+
+    def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
+        """As ``device_facts``."""
+
+
+class Routed(abc.ABC):
+    """A backend for another machine, whose work the route does that its options choose."""
+
+    @property
+    @abc.abstractmethod
+    def route(self) -> Route: ...
+
+    def ready(self) -> None:
+        check_ready(self.route)
+
+    def lower(self, model: ir.Model, ctx: Context) -> int:
+        return self.route.lower(model, ctx)
+
+    def kernels_of(self, model: Path) -> list[Kernel]:
+        return self.route.kernels_of(model)
+
+    def package(self, model: ir.Model, folder: Path) -> None:
+        self.route.package(model, folder)
+
+    def open(self, folder: Path) -> Program:
+        return self.route.open(folder)
+
+    def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
+        return self.route.facts(folder, feeds)
 
 
 def device_facts(backend: Backend, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any] | None:

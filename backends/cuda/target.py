@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import onnx_ir as ir
-
-from qcompile.backends.base import Kernel, Program, check_ready, spelled
+from qcompile.backends.base import Routed, spelled
 from qcompile.backends.cuda.native import Native
 from qcompile.backends.cuda.ort import Ort
-from qcompile.pipeline import Arrays, Context, Target
+from qcompile.pipeline import Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Cuda:
+class Cuda(Routed):
     """Options:
 
     arch: of the GPU: sm_80 for Ampere and Ada (A100, RTX 30 and 40), sm_90 for Hopper (H100, H200)
@@ -42,21 +38,3 @@ class Cuda:
         return Target(
             name=spelled(self), backend=self.runtime, description=self.route.description, kernels=self.route.kernels
         )
-
-    def ready(self) -> None:
-        check_ready(self.route)
-
-    def lower(self, model: ir.Model, ctx: Context) -> int:
-        return self.route.lower(model, ctx)
-
-    def kernels_of(self, model: Path) -> list[Kernel]:
-        return self.route.kernels_of(model)
-
-    def package(self, model: ir.Model, folder: Path) -> None:
-        self.route.package(model, folder)
-
-    def open(self, folder: Path) -> Program:
-        return self.route.open(folder)
-
-    def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        return self.route.facts(folder, feeds)

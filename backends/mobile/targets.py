@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import onnx_ir as ir
-
-from qcompile.backends.base import Kernel, Program, check_ready, spelled
+from qcompile.backends.base import Routed, spelled
 from qcompile.backends.mobile.gpu_package import MetalPackage, OpenClPackage
 from qcompile.backends.mobile.ort_package import OrtPackage
 from qcompile.backends.mobile.tvm_package import TvmPackage
 from qcompile.backends.ort.weight_only import Level
 from qcompile.errors import UserError
-from qcompile.pipeline import Arrays, Context, Target
+from qcompile.pipeline import Target
 
 
-class _Phone:
+class _Phone(Routed):
     """What both have in common: everything is done by the route that the options choose."""
 
     name: ClassVar[str]
@@ -50,24 +46,6 @@ class _Phone:
             description=f"a folder for {self.name} apps: program, parameters, sample projects, checksums",
             kernels=("MatMulIntegerToFloat", "QGemm", "MatMulNBits") if ort else of_gpu,
         )
-
-    def ready(self) -> None:
-        check_ready(self.route)
-
-    def lower(self, model: ir.Model, ctx: Context) -> int:
-        return self.route.lower(model, ctx)
-
-    def kernels_of(self, model: Path) -> list[Kernel]:
-        return self.route.kernels_of(model)
-
-    def package(self, model: ir.Model, folder: Path) -> None:
-        self.route.package(model, folder)
-
-    def open(self, folder: Path) -> Program:
-        return self.route.open(folder)
-
-    def facts(self, folder: Path, feeds: Iterable[Arrays]) -> dict[str, Any]:
-        return self.route.facts(folder, feeds)
 
 
 @dataclasses.dataclass(frozen=True)
