@@ -84,7 +84,11 @@ PAGES: Mapping[Path, Parts] = {
     README: {"help": command_help, "recipes": recipes, "passes": passes, "targets": targets, "numbers": summary},
     ROOT / "docs" / "benchmarks.md": {"results": all_results},
     ROOT / "docs" / "integer.md": {"operators": lambda: committed("integer_operators")},
-    ROOT / "docs" / "kernels.md": {"kernels": lambda: committed("kernels"), "cuda": lambda: committed("cuda_kernels")},
+    ROOT / "docs" / "kernels.md": {
+        "kernels": lambda: committed("kernels"),
+        "kernels_amx": lambda: committed("kernels_amx"),
+        "cuda": lambda: committed("cuda_kernels"),
+    },
     ROOT / "docs" / "tvm.md": {
         "targets": lambda: committed("targets"),
         "decode": lambda: committed("smollm2_decode_tvm"),
