@@ -5,8 +5,8 @@ plain torch implementation of each method. "asym": asymmetric weights; online: w
 
 w3a16_g128 and w2a16_g64: RTN plain min-max; GPTQ the public code (IST-DASLab/gptq 2d65066e), asymmetric, 32 windows,
 with act-order its groups are runs of permuted inputs; OmniQuant the public quantisers (OpenGVLab/OmniQuant 95fae1bd) in
-a loop of ours, clips alone, 5 epochs of 32 windows where the paper has 20 of 128: less than it can reach; at 2 bits with
-the second loss that its authors take there (aug_loss).
+a loop of ours, clips alone, 5 epochs of 32 windows where the paper has 20 of 128: less than it can reach; at 2 bits
+with the second loss that its authors take there (aug_loss).
 """
 
 from __future__ import annotations
