@@ -100,6 +100,12 @@ def refused(rule: Rule, target: str) -> bool:
     return rows is not None and quantises and not any(row.takes(rule) for row in rows)
 
 
+def takes_integers(target: str) -> bool:
+    """Whether ``target`` runs what int_only writes; a target without rows takes what it is given."""
+    plain = _plain(target)
+    return plain not in TABLE or plain in INTEGER_ONLY
+
+
 def nearest(rule: Rule, target: str) -> Rule | None:
     """The rule closest to ``rule`` that ``target`` runs; None where it runs none and the rule must go."""
     rows = [row for row in TABLE[_plain(target)] if row.op == rule.op]

@@ -45,6 +45,9 @@ def expand(
         last = next((place for place, one in enumerate(steps) if "quantised" in one.reads[:1]), len(steps))
         steps.insert(last, make_pass("quantise", {}))
     check_order(steps)
+    if any(one.name == "int_only" for one in steps) and not legality.takes_integers(backend.target.name):
+        what = f"target {backend.target.name} cannot run int_only, which multiplies 64-bit integers"
+        raise UserError(what, hint="leave int_only out, or take --target opencl, metal or cpu")
     return [*(_strict(steps) if strict else steps), Lower(backend)]
 
 

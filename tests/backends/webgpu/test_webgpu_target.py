@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-nn[tvm]"')
@@ -13,7 +14,7 @@ pytest.importorskip("tvm", reason='TVM is not installed: pip install "qcompile-n
 import qcompile
 from qcompile.backends.base import open_session
 from qcompile.backends.gpu.program import Session
-from qcompile.backends.webgpu import wgsl
+from qcompile.backends.webgpu import narrow, wgsl
 from qcompile.backends.webgpu.target import WebGpu
 from qcompile.errors import UserError
 from qcompile.models.architectures import cached_export
@@ -63,12 +64,19 @@ def test_it_is_called_source_and_cannot_be_opened(tmp_path: Path) -> None:
         open_session(folder)
 
 
+def test_integer_programs_are_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="target webgpu cannot run int_only, which multiplies 64-bit") as caught:
+        qcompile.compile(tmp_path / "none.onnx", recipe="w8a8_static", passes="os_plus,int_only", target="webgpu")
+    assert "--target opencl, metal or cpu" in str(caught.value.hint)
+
+
 def test_products_of_64_bits_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="takes products of 64-bit integers, which WGSL does not have") as caught:
-        qcompile.compile(
-            cached_export("bert"), recipe="w8a8_static", passes="os_plus,int_only", target="webgpu", max_samples=2,
-            max_length=16,
-        )  # fmt: skip
+    port = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
+    product = ir.Node("", "Mul", [port, port], name="layer.mul", num_outputs=1)
+    product.outputs[0].type = port.type
+    model = ir.Model(ir.Graph([port], product.outputs, nodes=[product], opset_imports={"": 21}), ir_version=10)
+    with pytest.raises(UserError, match="Mul takes products of 64-bit integers, which WGSL does not have") as caught:
+        narrow.narrow(model)
     assert "--target opencl or metal" in str(caught.value.hint)
 
 
