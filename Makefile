@@ -25,7 +25,7 @@ DATA ?= data
 RESULTS := benchmarks/results
 MEASURE = $(BIN)/python -m benchmarks.$(1) --programs build/benchmarks --out $(RESULTS)/$(2)_$(1) \
 	--model $(2) --stsb $(DATA)/stsb --wikitext $(DATA)/wikitext-2
-LEARNED_MINILM := w4a4:none,w4a4:os_plus,w4a4:rtn,w4a4:awq,w4a4:omniquant,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+let+rotate{online=1}+token_clip+gptq,w4a4:os_plus+let{epochs=20}+rotate{online=1}+token_clip+gptq,w4a4:awq+let+rotate{online=1}+token_clip+gptq,w4a4_static:omniquant
+LEARNED_MINILM := w4a4_static:none,w4a4_static:rtn,w4a4_static:awq,w4a4:none,w4a4:os_plus,w4a4:rtn,w4a4:awq,w4a4:omniquant,w4a4:os_plus+token_clip+gptq,w4a4:os_plus+let+rotate{online=1}+token_clip+gptq,w4a4:os_plus+let{epochs=20}+rotate{online=1}+token_clip+gptq,w4a4:awq+let+rotate{online=1}+token_clip+gptq,w4a4_static:omniquant
 LEARNED_SMOLLM2 := w6a6:none,w6a6:rtn,w6a6:awq,w6a6:rotate+gptq,w4a8:none,w4a8:rtn,w4a8:awq,w4a8:os_plus,w4a8:rotate+gptq,w4a4:none,w4a4:rtn,w4a4:awq,w4a4:os_plus,w4a4:omniquant,w4a4:rotate+token_clip+gptq,w4a4:rotate{online=1}+token_clip+gptq,w4a16:none,w4a16:rtn,w4a16:awq,w4a16:gptq,w3a16_g128:none,w3a16_g128:rtn,w3a16_g128:awq,w3a16_g128:gptq,w2a16_g64:none,w2a16_g64:rtn,w2a16_g64:awq,w2a16_g64:gptq
 INTEGER_MINILM := w8a8_static:os_plus+int_only,w8a8:os_plus+int_only,w6a6_static:os_plus+int_only
 KERNELS_MINILM := w8a8_static:os_plus,w8a8_static:os_plus+int_only,w8a8_static:os_plus+int_only=cpu{kernels=1}
