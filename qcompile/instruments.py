@@ -115,7 +115,7 @@ class Verify:
         if tolerance is not None and not entry.proof.holds:
             tolerance = max(tolerance, self._sensitivity(ctx))
             entry.proof = dataclasses.replace(entry.proof, tolerance=tolerance)
-            entry.notes.append(f"one step in the last place of every weight moves the outputs by {tolerance:.1e}")
+            entry.notes.append(f"one step in the last place of every weight moves the outputs; allowed {tolerance:.1e}")
         if not entry.proof.holds:
             figures = f"relative difference {entry.proof.relative:.2e}, allowed {tolerance:.0e}"
             raise _contract(step, f"changed the function: {figures}")

@@ -29,6 +29,7 @@ from qcompile.graph.provenance import original_name, remember
 from qcompile.graph.workspace import Workspace
 
 _FINDS_SIZES = (SolveReshapes, SolveBroadcasts, FoldSizes)
+_ROUNDS = 32  # exports settle within five; no file may keep this going
 PROTOBUF_LIMIT = 2**31 - 1
 EXPORT_AGAIN = "export it again, and see what onnx.checker.check_model(path) says"
 
@@ -174,7 +175,9 @@ def _simplify(model: ir.Model) -> None:
     fold = ir.passes.Sequential(lift, FoldSmallConstants(), lift)
     lift(model)
     forget = ForgetDoubtfulShapes()
-    while _changed(model, forget, infer, SolveReshapes(), SolveBroadcasts(), forget, infer, FoldSizes()):
+    for _ in range(_ROUNDS):
+        if not _changed(model, forget, infer, SolveReshapes(), SolveBroadcasts(), forget, infer, FoldSizes()):
+            break
         fold(model)  # a size may end a slice, whose size ends another
     for step in (
         fold,

@@ -17,6 +17,8 @@ from qcompile.backends.tvm.kernels.features import PANEL, Features
 
 Expr = Any  # a TensorIR expression
 Buffer = Any
+AHEAD = 64  # lines of 64 bytes: at the end of a page of memory processors stop fetching by themselves
+FEW = 2  # rows of x that wait for memory
 _ON_STACK = {"disable_lower_builtin": True}  # no workspace of TVM's runtime, which a kernel would have to bring along
 
 
@@ -116,10 +118,6 @@ def pure(dtype: str, intrinsic: str, *arguments: Expr) -> Expr:
 
 def effect(intrinsic: str, *arguments: Expr) -> None:
     T.evaluate(T.call_llvm_intrin("void", intrinsic, *arguments))
-
-
-AHEAD = 64  # lines of 64 bytes: at the end of a page of memory processors stop fetching by themselves
-FEW = 2  # rows of x that wait for memory
 
 
 def address(buffer: Buffer, indices: Sequence[Expr]) -> Expr:
